@@ -1,0 +1,62 @@
+// The part of the kernels that is compiled once per instruction set (isa/*.cpp), and how the rest calls it.
+// Code under isa/ must not instantiate std templates: the linker keeps one copy, perhaps the one with AVX-512.
+#pragma once
+
+#include <cstdint>
+
+#include "sparseserve/params.h"
+
+namespace sparseserve::cpu {
+
+constexpr int kTileTokens = 32;
+
+// Up to 32 consecutive tokens of one page, those whose bit is set.
+struct Tile {
+  int32_t page;    // physical
+  int32_t column;  // first token, in the page
+  uint32_t mask;
+};
+
+// Query heads that share one KV head and one tile list.
+struct HeadGroup {
+  const char* query;  // [heads, D]
+  int64_t query_stride;
+  int64_t heads;
+  const char* key;    // this KV head in page 0
+  const char* value;
+};
+
+// The first tile that a thread reads in its next item, to fetch ahead.
+struct Ahead {
+  const char* key = nullptr;
+  const char* value = nullptr;
+  uint32_t mask = 0;
+};
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+
+  // queries: [heads, D] scratch. partial: [heads] maximum (base 2), [heads] sum, [heads, D] unnormalised output.
+  void (*attend_chunk)(const AttendParams&, const HeadGroup&, const Tile*, int64_t tiles, const Ahead&, float* queries,
+                       float* partial);
+  // partials: [chunks] of the above, `stride` apart. Writes rows `heads` of out and lse.
+  void (*merge_chunks)(const AttendParams&, const float* partials, int64_t chunks, int64_t stride, int64_t heads,
+                       char* out, float* lse);
+  // Adds the attention mass of every token to mass, [heads, tiles * 32], or [tiles * 32] summed over the heads.
+  void (*token_mass)(const ScoreTokensParams&, const HeadGroup&, const float* lse, const Tile*, int64_t tiles,
+                     const Ahead&, bool per_head, float* queries, float* mass);
+  // Scores of the `units` consecutive units at `summary`, the last of which holds `last_tokens`; queries is [G, D].
+  void (*score_units)(const ScorePagesParams&, const float* queries, int64_t group, const float* summary,
+                      int64_t units, int64_t last_tokens, float* scores);
+  // Query heads [head, head + heads) of a row as fp32 [heads, D].
+  void (*load_queries)(const Query&, int64_t row, int64_t head, int64_t heads, float* queries);
+  // Dims [dim, dim + 16) of one KV head over all tokens, strictly in order.
+  void (*summarize_dims)(const SummarizeParams&, int64_t head, int64_t dim);
+};
+
+const Isa& isa();
+
+inline int64_t size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
+
+}  // namespace sparseserve::cpu

@@ -1,0 +1,128 @@
+// What every kernel is told, in plain C++: pointers, shapes and strides. All strides count elements, never bytes.
+//
+// Shape alphabet: B decode rows, H KV heads, G query heads per KV head, Hq = H * G query heads, Hs selection heads
+// (1, H or Hq), D head dim, N pages of a row, P page size in tokens, S unit slots, U units per page, M physical pages.
+#pragma once
+
+#include <cstdint>
+
+namespace sparseserve {
+
+enum class DType { kBFloat16, kHalf, kFloat };
+
+// How the two rows of a unit's summary bound its keys; the numbers are those of sparseserve.types.Bound's order.
+enum class Bound { kMinMax = 0, kMeanStd = 1 };
+
+// Query heads of the decode rows, [B, Hq, D].
+struct Query {
+  const void* data;
+  DType dtype;
+  int64_t rows;        // B
+  int64_t heads;       // Hq
+  int64_t head_dim;    // D, a multiple of 16
+  int64_t row_stride;
+  int64_t head_stride;
+};
+
+// One half (K or V) of a page pool, [M, H, ...].
+struct Pool {
+  const void* data;
+  int64_t page_stride;
+  int64_t head_stride;
+};
+
+// The paged cache of a step. Within a page of one head: K is [D, P], V is [P, D], both dense.
+struct Cache {
+  Pool key;
+  Pool value;
+  DType dtype;
+  int64_t heads;          // H
+  int64_t page_size;      // P, a multiple of 32
+  const int32_t* pages;   // [B, N], physical page of each logical page
+  int64_t pages_stride;
+  const int32_t* seq_lens;  // [B]
+};
+
+// [0, spans[0]), the units, and [spans[1], seq_len).
+struct Selection {
+  int64_t heads;         // Hs
+  int64_t slots;         // S
+  int64_t unit_tokens;
+  int32_t* spans;        // [B, Hs, 2]
+  int32_t* units;        // [B, Hs, S]
+  int32_t* count;        // [B, Hs]
+};
+
+struct AttendParams {
+  Query query;
+  Cache cache;
+  Selection selection;
+  float scale;
+  void* out;             // [B, Hq, D], dtype of the query
+  int64_t out_row_stride;
+  int64_t out_head_stride;
+  float* lse;            // [B, Hq]
+  int32_t* attended;     // [B, Hs]
+};
+
+struct ScoreTokensParams {
+  Query query;
+  Cache cache;           // value is unused
+  const float* lse;      // [B, Hq]
+  float scale;
+  int64_t unit_tokens;   // 1, 16, 32 or 64
+  int64_t heads;         // Hs
+  float* scores;         // [B, Hs, >= units]
+  int64_t scores_row_stride;
+  int64_t scores_head_stride;
+};
+
+// Summaries of a page pool, [M, H, U, 2, D] fp32, dense from U on.
+struct SummaryPool {
+  float* data;
+  int64_t page_stride;
+  int64_t head_stride;
+  int64_t units;         // U
+};
+
+struct ScorePagesParams {
+  Query query;
+  SummaryPool summary;
+  int64_t kv_heads;      // H
+  const int32_t* pages;  // [B, N]
+  int64_t pages_stride;
+  const int32_t* seq_lens;  // [B]
+  int64_t unit_tokens;
+  Bound bound;
+  float* scores;         // [B, H, >= units]
+  int64_t scores_row_stride;
+  int64_t scores_head_stride;
+};
+
+struct SummarizeParams {
+  const void* key;       // [T, H, D]
+  DType dtype;
+  int64_t tokens;        // T
+  int64_t kv_heads;      // H
+  int64_t head_dim;      // D
+  int64_t key_token_stride;
+  int64_t key_head_stride;
+  const int64_t* slots;  // [T], page * P + offset, or -1
+  SummaryPool summary;
+  int64_t unit_tokens;
+  Bound bound;
+};
+
+struct SelectParams {
+  const float* scores;   // [B, Hs, >= units]
+  int64_t scores_row_stride;
+  int64_t scores_head_stride;
+  int64_t rows;          // B
+  const int32_t* seq_lens;  // [B]
+  const int32_t* sink;   // [Hs] tokens
+  const int32_t* recent; // [Hs] tokens
+  const int32_t* budget; // [Hs] tokens
+  Selection selection;
+};
+
+}  // namespace sparseserve

@@ -1,0 +1,1 @@
+"""Decode-time sparse attention over the paged KV cache, as a plugin for stock vLLM."""

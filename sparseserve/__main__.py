@@ -1,0 +1,5 @@
+"""`python -m sparseserve`."""
+
+from sparseserve.cli import app
+
+app()

@@ -1,0 +1,36 @@
+"""vLLM's KV cache tensor as our views of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparseserve.types import PagedKV
+
+
+def cpu_views(kv_cache: Tensor) -> PagedKV:
+    """Views of vLLM's CPU cache [M, H, P, 2D]: per page and head K is stored as [D, P], then V as [P, D]."""
+    pages, heads, page_size, width = kv_cache.shape
+    dim = width // 2
+    outer = kv_cache.stride()[:2]
+    start = kv_cache.storage_offset()
+    shape = (pages, heads, page_size, dim)
+    key = torch.as_strided(kv_cache, shape, (*outer, 1, page_size), start)
+    value = torch.as_strided(kv_cache, shape, (*outer, dim, 1), start + page_size * dim)
+    return PagedKV(key, value)
+
+
+def summaries(kv_cache: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """The page summaries [M, *shape] fp32 in the tails of the pages of `kv_cache` [M, H, P, 2D]; None for no shape."""
+    if not shape:
+        return None
+    pages, heads, page_size, width = kv_cache.shape
+    floats = torch.Size(shape).numel()
+    elements = floats * 4 // kv_cache.element_size()
+    tail = torch.as_strided(
+        kv_cache,
+        (pages, elements),
+        (kv_cache.stride(0), 1),
+        kv_cache.storage_offset() + heads * page_size * width,
+    )
+    return tail.view(torch.float32).view(pages, *shape)

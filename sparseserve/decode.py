@@ -1,0 +1,49 @@
+"""One layer of one decode step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sparseserve import ops
+from sparseserve.policies.base import Policy
+from sparseserve.types import LayerPlan, PagedKV, Role, Step
+
+
+@dataclass(frozen=True, slots=True)
+class SparseLayer:
+    """A layer's policy and plan, its cache and its summaries, bound once the cache exists."""
+
+    policy: Policy
+    plan: LayerPlan
+    kv: PagedKV
+    summary: Tensor | None  # [M, ...] fp32, in the tails of the pages
+    scale: float
+
+
+def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> None:
+    """Attend `query` [B, Hq, D] to what the policy selects; writes `out` [B, Hq, D]."""
+    plan = layer.plan
+    selects = plan.role is Role.SELECT
+    if selects and not plan.dense_output:
+        _select(layer, step, query)
+    selection = step.everything if plan.dense_output else step.selection
+    attended = step.attended_dense if plan.dense_output else step.attended
+    ops.attend(
+        query,
+        layer.kv,
+        step.table.pages,
+        step.table.seq_lens,
+        selection,
+        layer.scale,
+        out=out,
+        lse=step.lse,
+        attended=attended[plan.layer],
+    )
+    if selects and plan.dense_output:
+        _select(layer, step, query)
+
+
+def _select(layer: SparseLayer, step: Step, query: Tensor) -> None:
+    layer.policy.select(query, layer.kv, layer.summary, layer.plan, step, layer.scale)

@@ -1,0 +1,188 @@
+"""vLLM's CPU attention with decode rows under a policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from sparseserve.cache import cpu_views, summaries
+from sparseserve.decode import SparseLayer, decode_layer
+from sparseserve.plugin.cache import with_summaries
+from sparseserve.plugin.metadata import RowSplit, split_rows, take_rows, token_rows
+from sparseserve.plugin.settings import head_shape, model_shape, policy_of
+from sparseserve.plugin.stats import Meter
+from sparseserve.policies import Policy
+from sparseserve.step import StepBuffers
+from sparseserve.types import LayerPlan, PageTable, Step
+
+
+class SparseCPUBackend(CPUAttentionBackend):
+    """CPU_ATTN, with the policy of `additional_config["sparseserve"]` on decode rows."""
+
+    @staticmethod
+    def get_impl_cls() -> type[SparseCPUImpl]:
+        return SparseCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SparseCPUBuilder]:
+        return SparseCPUBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        policy = policy_of(get_current_vllm_config())
+        return spec if policy is None else with_summaries(spec, policy)
+
+
+@dataclass
+class SparseCPUMetadata(CPUAttentionMetadata):
+    """The parent's metadata of the whole batch's dense rows, beside the step of its sparse rows."""
+
+    dense_tokens: Tensor | None = None  # [T] int64, None without dense rows
+    sparse_tokens: Tensor | None = None  # [B] int64
+    step: Step | None = None  # None: the parent's metadata, untouched
+
+
+class SparseCPUBuilder(CPUAttentionMetadataBuilder):
+    """Splits every batch into rows for the parent and rows for the policy."""
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        policy = policy_of(vllm_config)
+        if self.isa == "amx":  # AMX packs K in its own order; the policies' kernels read "vec"
+            self.isa = "vec"
+            self._set_isa_to_layers(layer_names)
+        self._policy: Policy | None = None
+        if policy is not None and not self.is_encoder_only_attention:
+            self.bind(policy)
+
+    def bind(self, policy: Policy) -> None:
+        """Give every layer of this group its plan and allocate the step's buffers."""
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
+        heads = head_shape(next(iter(layers.values())))
+        model = model_shape(self.vllm_config, heads)
+        plans = policy.plans(model)
+        config = self.vllm_config
+        self._policy = policy
+        self._buffers = StepBuffers(policy, heads, config.scheduler_config.max_num_seqs, model.max_len, len(plans))
+        mine = [plans[extract_layer_index(name)] for name in layers]
+        self._meter = Meter(policy, mine)
+        self._meter.set_kv_bytes(self.kv_cache_spec, config.cache_config.num_gpu_blocks or 0, len(layers))
+        summary_shape = policy.summary_shape(heads, self.kv_cache_spec.block_size)
+        for layer, plan in zip(layers.values(), mine, strict=True):
+            layer.impl.bind(policy, plan, summary_shape, self._meter if plan is mine[-1] else None)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> CPUAttentionMetadata:
+        common = common_attn_metadata
+        if self._policy is None:
+            return super().build(common_prefix_len, common, fast_build)
+        split = split_rows(common, self._policy.dense_up_to)
+        self._meter.count_rows(split)
+        if not split.sparse.shape[0]:
+            return super().build(common_prefix_len, common, fast_build)
+        return self._build_mixed(common, split)
+
+    def _build_mixed(self, common: CommonAttentionMetadata, split: RowSplit) -> SparseCPUMetadata:
+        sparse_tokens = common.query_start_loc_cpu[split.sparse].to(torch.int64)
+        step = self._step(common, split.sparse)
+        if not split.dense.shape[0]:
+            return SparseCPUMetadata(
+                num_actual_tokens=common.num_actual_tokens,
+                max_query_len=common.max_query_len,
+                query_start_loc=common.query_start_loc,
+                max_seq_len=common.max_seq_len,
+                seq_lens=common.seq_lens,
+                block_table=common.block_table_tensor,
+                slot_mapping=common.slot_mapping,
+                scheduler_metadata=None,  # no row is the parent's
+                sparse_tokens=sparse_tokens,
+                step=step,
+            )
+        dense_tokens = token_rows(common, split.dense)
+        parent = super().build(0, take_rows(common, split.dense, dense_tokens))
+        return _extend(parent, dense_tokens=dense_tokens, sparse_tokens=sparse_tokens, step=step)
+
+    def _step(self, common: CommonAttentionMetadata, rows: Tensor) -> Step:
+        table = PageTable(common.block_table_tensor[rows], common.seq_lens[rows])
+        step = self._buffers.step(table)
+        self._policy.prepare(step)
+        return step
+
+
+def _extend(parent: CPUAttentionMetadata, **sparse: object) -> SparseCPUMetadata:
+    inherited = {field.name: getattr(parent, field.name) for field in fields(parent)}
+    return SparseCPUMetadata(**inherited, **sparse)
+
+
+class SparseCPUImpl(CPUAttentionBackendImpl):
+    """One layer: the parent for its rows, the policy for the others."""
+
+    _policy: Policy | None = None
+    _layer: SparseLayer | None = None
+
+    def bind(self, policy: Policy, plan: LayerPlan, summary_shape: tuple[int, ...], meter: Meter | None) -> None:
+        """Take the layer's plan; `meter` is the one to report a finished step to, for the last layer only."""
+        self._policy, self._plan, self._summary_shape, self._meter = policy, plan, summary_shape, meter
+        self._layer = None
+
+    def do_kv_cache_update(
+        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self._policy is not None and self._summary_shape:
+            summary = self._bound(kv_cache).summary
+            self._policy.summarize(key[: slot_mapping.shape[0]], slot_mapping, summary)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        step = getattr(attn_metadata, "step", None)
+        if step is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        sparse = attn_metadata.sparse_tokens
+        if attn_metadata.dense_tokens is None:
+            rows = slice(sparse.shape[0])
+            decode_layer(self._bound(kv_cache), step, query[rows], output[rows])
+        else:
+            dense = attn_metadata.dense_tokens
+            dense_out = torch.empty_like(query[dense])
+            super().forward(layer, query[dense], key, value, kv_cache, attn_metadata, dense_out)
+            sparse_out = torch.empty_like(query[sparse])
+            decode_layer(self._bound(kv_cache), step, query[sparse], sparse_out)
+            output[dense], output[sparse] = dense_out, sparse_out
+        if self._meter is not None:
+            self._meter.count_tokens(step)
+        return output
+
+    def _bound(self, kv_cache: Tensor) -> SparseLayer:
+        if self._layer is None or self._layer.kv.key.data_ptr() != kv_cache.data_ptr():
+            summary = summaries(kv_cache, self._summary_shape)
+            self._layer = SparseLayer(self._policy, self._plan, cpu_views(kv_cache), summary, self.scale)
+        return self._layer

@@ -1,0 +1,64 @@
+"""Once per step: which rows decode under the policy, and which are vLLM's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class RowSplit:
+    """The rows of a batch by the path they take."""
+
+    sparse: Tensor  # [B] int64, decode rows longer than the policy's threshold
+    dense: Tensor  # [R - B] int64, all others
+    short: int  # decode rows among the others
+
+    @property
+    def prefill(self) -> int:
+        """Rows that are still in their prompt."""
+        return self.dense.shape[0] - self.short
+
+
+def split_rows(common: CommonAttentionMetadata, dense_up_to: int) -> RowSplit:
+    """Decode rows of more than `dense_up_to` tokens against prefill rows and short rows.
+
+    A prompt's last chunk of one token is prefill: the answer must not depend on where chunks end.
+    """
+    query_lens = common.query_start_loc_cpu.diff()
+    assert common.is_prefilling is not None and common.seq_lens_cpu_upper_bound is not None
+    decode = (query_lens == 1) & ~common.is_prefilling
+    sparse = decode & (common.seq_lens_cpu_upper_bound > dense_up_to)
+    return RowSplit(
+        sparse=sparse.nonzero().squeeze(1),
+        dense=(~sparse).nonzero().squeeze(1),
+        short=int((decode & ~sparse).sum()),
+    )
+
+
+def token_rows(common: CommonAttentionMetadata, rows: Tensor) -> Tensor:
+    """Indices [T] int64 of the query tokens of `rows`, in order."""
+    starts = common.query_start_loc_cpu
+    return torch.cat([torch.arange(int(starts[row]), int(starts[row + 1])) for row in rows.tolist()])
+
+
+def take_rows(common: CommonAttentionMetadata, rows: Tensor, tokens: Tensor) -> CommonAttentionMetadata:
+    """The metadata of a batch made of `rows` alone, whose query tokens are `tokens`."""
+    query_lens = common.query_start_loc_cpu.diff()[rows]
+    starts = torch.nn.functional.pad(query_lens.cumsum(0), (1, 0)).to(torch.int32)
+    seq_lens = common.seq_lens[rows]
+    return replace(
+        common,
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=seq_lens,
+        num_reqs=rows.shape[0],
+        num_actual_tokens=tokens.shape[0],
+        max_query_len=int(query_lens.max()),
+        max_seq_len=int(seq_lens.max()),
+        block_table_tensor=common.block_table_tensor[rows],
+        slot_mapping=common.slot_mapping[tokens],
+    )

@@ -1,0 +1,33 @@
+"""From vLLM's configuration to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+
+from sparseserve.config import from_dict
+from sparseserve.plan import ModelShape
+from sparseserve.policies import Policy
+from sparseserve.types import HeadShape
+
+KEY = "sparseserve"
+
+
+def policy_of(vllm_config: VllmConfig) -> Policy | None:
+    """The policy that `additional_config["sparseserve"]` asks for; None leaves vLLM as it is."""
+    config = vllm_config.additional_config
+    settings = config.get(KEY) if isinstance(config, Mapping) else None
+    return None if settings is None else from_dict(settings)
+
+
+def head_shape(layer: Attention) -> HeadShape:
+    """The heads of an attention layer on this rank."""
+    return HeadShape(layer.num_kv_heads, layer.num_heads // layer.num_kv_heads, layer.head_size)
+
+
+def model_shape(vllm_config: VllmConfig, heads: HeadShape) -> ModelShape:
+    """The served model as policies see it."""
+    model = vllm_config.model_config
+    return ModelShape(model.model, model.get_total_num_hidden_layers(), heads, model.max_model_len)

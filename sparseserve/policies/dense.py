@@ -1,0 +1,22 @@
+"""Everything, through our own kernels: the control."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from sparseserve.plan import ModelShape
+from sparseserve.policies.base import Policy
+from sparseserve.types import LayerPlan, Role
+
+
+class Dense(Policy):
+    """Attends to every token."""
+
+    name: ClassVar[str] = "dense"
+    summary: ClassVar[str] = "Every token, through the project's own kernels: the control."
+
+    def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
+        return tuple(LayerPlan(layer, Role.DENSE, dense_output=True) for layer in range(model.layers))
+
+    def expected_tokens(self, role: Role, length: int) -> int:
+        return length

@@ -1,0 +1,68 @@
+"""The pages whose key summaries promise the largest scores (Quest, arXiv 2406.10774)."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from sparseserve import ops
+from sparseserve.plan import ModelShape
+from sparseserve.policies.base import BudgetPolicy, PositiveTokens, Tokens
+from sparseserve.types import Bound, HeadShape, LayerPlan, PagedKV, Role, Scope, Step
+
+
+def _bound(value: object) -> object:
+    # strict models take enum members only; files and flags give strings
+    return Bound(value) if value in {bound.value for bound in Bound} else value
+
+
+class Quest(BudgetPolicy):
+    """Selects units of tokens by a bound on q.k from the unit's key summary, kept in the tail of its page.
+
+    The score of a KV head is the largest over its query heads. `min_max` is the paper's bound; `mean_std`
+    (arXiv 2605.27740) takes mean + standard deviation per channel in its place.
+    """
+
+    name: ClassVar[str] = "quest"
+    summary: ClassVar[str] = "The units whose key summaries promise the largest scores, chosen in every layer."
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2406.10774"
+
+    sink_tokens: Tokens = Field(16, description="first tokens, always attended to")
+    recent_tokens: PositiveTokens = Field(64, description="last tokens, always attended to, the current one included")
+    unit_tokens: Literal[16, 32, 64] = Field(32, description="tokens per unit of the selection")
+    bound: Annotated[Bound, BeforeValidator(_bound)] = Field(Bound.MEAN_STD, description="how a unit is scored")
+    dense_layers: Annotated[int, Field(ge=0)] = Field(2, description="first layers, dense as in the paper")
+
+    @property
+    def head_scope(self) -> Scope:
+        return Scope.KV_HEAD
+
+    @property
+    def selection_unit(self) -> int:
+        return self.unit_tokens
+
+    def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
+        if self.dense_layers:
+            model.check_layer("dense_layers", self.dense_layers - 1)
+        return tuple(
+            LayerPlan(layer, Role.DENSE, dense_output=True)
+            if layer < self.dense_layers
+            else self.select_plan(layer, model.heads)
+            for layer in range(model.layers)
+        )
+
+    def summary_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
+        return (heads.kv_heads, page_size // self.unit_tokens, 2, heads.head_dim)
+
+    def summarize(self, key: Tensor, slots: Tensor, summary: Tensor) -> None:
+        ops.summarize_pages(key, slots, summary, self.unit_tokens, self.bound)
+
+    def select(
+        self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float
+    ) -> None:
+        assert summary is not None and plan.sink is not None and plan.recent is not None and plan.budget is not None
+        table = step.table
+        ops.score_pages(query, summary, table.pages, table.seq_lens, self.unit_tokens, self.bound, scores=step.scores)
+        ops.select_units(step.scores, table.seq_lens, plan.sink, plan.recent, plan.budget, step.selection)

@@ -1,0 +1,91 @@
+"""The workers' metrics on the API server's own /metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from argparse import Namespace
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from prometheus_client import REGISTRY
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from starlette.datastructures import State
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+    from sparseserve.plugin.stats import Snapshot
+
+SCRAPE_TIMEOUT = 2.0  # seconds; the engine answers between two steps, and a long prefill step may outlast a scrape
+
+
+class WorkerMetrics(Collector):
+    """The latest snapshot of all workers: counters and sizes summed, info taken once."""
+
+    def __init__(self) -> None:
+        self._workers: list[Snapshot] = []
+        self._pending: asyncio.Task[list[Snapshot]] | None = None
+
+    async def refresh(self, engine_client: EngineClient) -> None:
+        """Ask the workers; keeps the last answer when the engine is too busy to give one in time."""
+        if self._pending is None or self._pending.done():
+            self._pending = asyncio.ensure_future(engine_client.collective_rpc("sparseserve_stats"))
+        with suppress(TimeoutError):
+            self._workers = await asyncio.wait_for(asyncio.shield(self._pending), SCRAPE_TIMEOUT)
+
+    def collect(self) -> Iterable[Metric]:
+        merged: dict[str, Metric] = {}
+        values: dict[tuple[str, str, tuple[tuple[str, str], ...]], float] = {}
+        for worker in self._workers:
+            for name, documentation, kind, samples in worker:
+                merged.setdefault(name, Metric(name, documentation, kind))
+                for sample, labels, value in samples:
+                    key = (name, sample, tuple(sorted(labels.items())))
+                    values[key] = value if name.endswith("_info") else values.get(key, 0.0) + value
+        for (name, sample, labels), value in values.items():
+            if not sample.endswith("_created"):
+                merged[name].add_sample(sample, dict(labels), value)
+        return merged.values()
+
+
+class ScrapeMiddleware:
+    """Refreshes the workers' metrics before /metrics is answered."""
+
+    def __init__(self, app: ASGIApp, endpoint: MetricsEndpoint) -> None:
+        self._app, self._endpoint = app, endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].rstrip("/") == "/metrics":
+            await self._endpoint.refresh()
+        await self._app(scope, receive, send)
+
+
+class MetricsEndpoint:
+    """vLLM endpoint plugin (`vllm.endpoint_plugins`)."""
+
+    name = "sparseserve_metrics"
+    required_tasks: tuple[Any, ...] | None = None
+
+    def __init__(self) -> None:
+        self._engine_client: EngineClient | None = None
+        self._metrics = WorkerMetrics()
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the middleware; with several API servers the workers' files already reach /metrics."""
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            REGISTRY.register(self._metrics)
+            app.add_middleware(ScrapeMiddleware, endpoint=self)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Keep the way to the workers."""
+        self._engine_client = engine_client
+
+    async def refresh(self) -> None:
+        """Ask the workers for their numbers, if there is an engine."""
+        if self._engine_client is not None:
+            await self._metrics.refresh(self._engine_client)

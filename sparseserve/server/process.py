@@ -1,0 +1,94 @@
+"""A server as a child process: for the demo, the benchmark and the tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+STARTUP_TIMEOUT = 240.0  # seconds
+SERVE = [sys.executable, "-m", "sparseserve", "serve"]
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def get(self, path: str) -> str:
+        """The body of a GET."""
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            body: bytes = response.read()
+        return body.decode()
+
+    def metrics(self) -> dict[str, float]:
+        """The samples of /metrics, by `name{labels}` as printed."""
+        lines = (line for line in self.get("/metrics").splitlines() if line and not line.startswith("#"))
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that carry `labels`."""
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        return sum(
+            value
+            for sample, value in self.metrics().items()
+            if sample.split("{")[0] == name and all(label in sample for label in wanted)
+        )
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            return self.process.wait()
+
+
+@contextmanager
+def running(command: Sequence[str], log: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """Start `command` with a free `--port`, wait until it is healthy, stop it at the end."""
+    port = _free_port()
+    full = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            full, stdout=output, stderr=subprocess.STDOUT, env=os.environ | (env or {}), start_new_session=True
+        )
+        server = Server(f"http://127.0.0.1:{port}", process, log)
+        try:
+            _wait(server)
+            yield server
+        finally:
+            server.stop()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait(server: Server) -> None:
+    deadline = time.monotonic() + STARTUP_TIMEOUT
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            break
+        try:
+            server.get("/health")
+            return
+        except (URLError, ConnectionError):
+            time.sleep(0.5)
+    raise RuntimeError(f"the server did not start:\n{server.log.read_text()[-4000:]}")

@@ -1,0 +1,120 @@
+"""A decode step without vLLM: rows of random keys and values in a shuffled page pool, every layer under one policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseserve.cache import cpu_views, summaries
+from sparseserve.decode import SparseLayer, decode_layer
+from sparseserve.plan import ModelShape
+from sparseserve.policies import Policy
+from sparseserve.step import StepBuffers
+from sparseserve.types import PageTable, Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What every layer of one step did."""
+
+    out: Tensor  # [L, B, Hq, D]
+    masks: list[Tensor]  # per layer [B, Hs, T] bool, tokens attended to
+    selections: list[Selection]  # per layer, copies
+    attended: list[Tensor]  # per layer [B, Hs] int32, as the kernel counted
+
+
+class Bed:
+    """A page pool for `lengths` rows; `filler` is what unused memory holds at the start."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        model: ModelShape,
+        lengths: list[int],
+        *,
+        page_size: int = 64,
+        page_order: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        filler: float = 0.0,
+    ) -> None:
+        self.policy, self.model, self.lengths, self.page_size = policy, model, lengths, page_size
+        heads = model.heads
+        per_row = -(-model.max_len // page_size)
+        pool = per_row * len(lengths) + 1
+        order = torch.randperm(pool, generator=torch.Generator().manual_seed(page_order))
+        self.pages = order[: per_row * len(lengths)].view(len(lengths), per_row).to(torch.int32)
+        page = heads.kv_heads * page_size * 2 * heads.head_dim
+        tail = policy.summary_bytes(heads, page_size) // dtype.itemsize
+        memory = torch.full((model.layers, pool, page + tail), filler, dtype=dtype)
+        shape = (pool, heads.kv_heads, page_size, 2 * heads.head_dim)
+        stride = (page + tail, page_size * 2 * heads.head_dim, 2 * heads.head_dim, 1)
+        self.layers = [
+            self._layer(torch.as_strided(layer, shape, stride), index) for index, layer in enumerate(memory)
+        ]
+        self.buffers = StepBuffers(policy, heads, len(lengths), model.max_len, model.layers)
+
+    def _layer(self, cache: Tensor, index: int) -> SparseLayer:
+        heads = self.model.heads
+        return SparseLayer(
+            policy=self.policy,
+            plan=self.policy.plans(self.model)[index],
+            kv=cpu_views(cache),
+            summary=summaries(cache, self.policy.summary_shape(heads, self.page_size)),
+            scale=heads.head_dim**-0.5,
+        )
+
+    def write(self, layer: int, row: int, start: int, key: Tensor, value: Tensor) -> None:
+        """Write key and value [T, H, D] of the tokens from `start` on, as vLLM does, and fold in the summaries."""
+        positions = torch.arange(start, start + key.shape[0])
+        page = self.pages[row][positions // self.page_size].long()
+        offset = positions % self.page_size
+        kv = self.layers[layer].kv
+        kv.key[page, :, offset], kv.value[page, :, offset] = key, value
+        summary = self.layers[layer].summary
+        if summary is not None:
+            self.policy.summarize(key, page * self.page_size + offset, summary)
+
+    def fill(self, keys: Tensor, values: Tensor, chunk: int | None = None) -> Bed:
+        """Write every row's tokens from keys and values [L, B, T, H, D], `chunk` tokens at a time."""
+        for layer in range(self.model.layers):
+            for row, length in enumerate(self.lengths):
+                for start in range(0, length, chunk or max(length, 1)):
+                    end = min(length, start + (chunk or length))
+                    self.write(layer, row, start, keys[layer, row, start:end], values[layer, row, start:end])
+        return self
+
+    def decode(self, query: Tensor, rows: list[int] | None = None) -> Outcome:
+        """One step for `query` [L, B, Hq, D] over `rows` (all by default), in that order."""
+        rows = list(range(len(self.lengths))) if rows is None else rows
+        seq_lens = torch.tensor([self.lengths[row] for row in rows], dtype=torch.int32)
+        step = self.buffers.step(PageTable(self.pages[rows], seq_lens))
+        self.policy.prepare(step)
+        outcome = Outcome(torch.zeros_like(query[:, rows]), [], [], [])
+        for layer, out in zip(self.layers, outcome.out, strict=True):
+            decode_layer(layer, step, query[layer.plan.layer, rows], out)
+            dense = layer.plan.dense_output
+            used = step.everything if dense else step.selection
+            outcome.masks.append(token_mask(used, seq_lens, self.model.max_len))
+            outcome.selections.append(_copy(used))
+            attended = step.attended_dense if dense else step.attended
+            outcome.attended.append(attended[layer.plan.layer].clone())
+        return outcome
+
+
+def token_mask(selection: Selection, seq_lens: Tensor, length: int) -> Tensor:
+    """The attended set of a selection as [B, Hs, length] bool."""
+    position = torch.arange(length)
+    lens = seq_lens[:, None, None]
+    mask = (position < selection.spans[..., :1]) | (position >= selection.spans[..., 1:])
+    slot = torch.arange(selection.units.shape[2]) < selection.count[..., None]
+    chosen = torch.where(slot, selection.units, -1)
+    mask |= (position[:, None] // selection.unit_tokens == chosen[:, :, None, :]).any(-1)
+    return mask & (position < lens)
+
+
+def _copy(selection: Selection) -> Selection:
+    return Selection(
+        selection.spans.clone(), selection.units.clone(), selection.count.clone(), selection.unit_tokens
+    )

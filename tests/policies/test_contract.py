@@ -1,0 +1,146 @@
+"""Nine laws and the poison test, for every policy. A new policy joins by one line in CASES."""
+
+import pytest
+import torch
+
+from sparseserve.plan import ModelShape
+from sparseserve.policies import Dense, Policy, Quest, Streaming, Tidal
+from sparseserve.testing.bed import Bed, Outcome
+from sparseserve.types import Bound, HeadShape, Role, Scope
+
+BUDGET, SINK, RECENT = 128, 5, 19
+QUEST = dict(budget_tokens=BUDGET, sink_tokens=SINK, recent_tokens=RECENT, unit_tokens=16, dense_layers=1)
+TIDAL = dict(budget_tokens=BUDGET, sink_tokens=SINK, recent_tokens=RECENT, select_layer=1, reselect_layer=3)
+CASES: dict[str, Policy] = {
+    "dense": Dense(),
+    "streaming": Streaming(sink_tokens=SINK, recent_tokens=BUDGET - SINK),
+    "quest-mean_std": Quest(**QUEST),
+    "quest-min_max": Quest(**QUEST | {"bound": Bound.MIN_MAX, "unit_tokens": 32}),
+    "tidal": Tidal(**TIDAL),
+    "tidal-query_head": Tidal(**TIDAL, scope=Scope.QUERY_HEAD),
+    "tidal-all_heads": Tidal(**TIDAL, scope=Scope.ALL_HEADS),
+    "tidal-units": Tidal(**TIDAL, unit_tokens=16),
+}
+MODEL = ModelShape("bed", layers=5, heads=HeadShape(kv_heads=2, group=2, head_dim=32), max_len=448)
+LENGTHS = [385, 0, 1, 127, 128, 129, 448, 300]  # empty, short of, at and over the budget, page boundaries
+
+
+@pytest.fixture(params=CASES, ids=str)
+def policy(request: pytest.FixtureRequest) -> Policy:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query [L, B, Hq, D], key and value [L, B, T, H, D]."""
+    random = torch.Generator().manual_seed(7)
+    heads, rows = MODEL.heads, len(LENGTHS)
+    query = torch.randn(MODEL.layers, rows, heads.query_heads, heads.head_dim, generator=random)
+    key, value = torch.randn(2, MODEL.layers, rows, MODEL.max_len, heads.kv_heads, heads.head_dim, generator=random)
+    return query.bfloat16() * 2, key.bfloat16(), value.bfloat16()
+
+
+def same(a: Outcome, b: Outcome) -> bool:
+    """Bit for bit."""
+    return torch.equal(a.out, b.out) and all(map(torch.equal, a.masks, b.masks))
+
+
+def sparse_layers(policy: Policy) -> list[int]:
+    return [plan.layer for plan in policy.plans(MODEL) if not plan.dense_output]
+
+
+def test_law_1_the_budget_holds(policy, data):
+    outcome = Bed(policy, MODEL, LENGTHS).fill(*data[1:]).decode(data[0])
+    lengths = torch.tensor(LENGTHS)[:, None]
+    for plan, mask, attended in zip(policy.plans(MODEL), outcome.masks, outcome.attended, strict=True):
+        limit = lengths if plan.dense_output else lengths.clamp(max=BUDGET)
+        assert (mask.sum(-1) <= limit).all()
+        assert torch.equal(mask.sum(-1).int(), attended)  # the kernel read just what was selected
+
+
+def test_law_2_units_ascend_and_are_in_range(policy, data):
+    for selection in Bed(policy, MODEL, LENGTHS).fill(*data[1:]).decode(data[0]).selections:
+        for row, length in enumerate(LENGTHS):
+            for head in range(selection.count.shape[1]):
+                units = selection.units[row, head, : selection.count[row, head]].tolist()
+                assert units == sorted(set(units))
+                assert all(0 <= unit * selection.unit_tokens < length for unit in units)
+
+
+def test_law_3_sink_recent_and_current_are_kept(policy, data):
+    for mask in Bed(policy, MODEL, LENGTHS).fill(*data[1:]).decode(data[0]).masks:
+        for row, length in enumerate(LENGTHS):
+            assert mask[row, :, : min(SINK, length)].all()
+            assert mask[row, :, max(0, length - RECENT) : length].all()
+
+
+def test_law_4_a_budget_over_the_length_is_dense(policy, data):
+    dense = Bed(Dense(), MODEL, LENGTHS).fill(*data[1:]).decode(data[0])
+    outcome = Bed(policy, MODEL, LENGTHS).fill(*data[1:]).decode(data[0])
+    for row, length in enumerate(LENGTHS):
+        if length <= BUDGET:
+            assert torch.equal(outcome.out[:, row], dense.out[:, row])
+
+
+def test_law_5_a_row_does_not_depend_on_the_others(policy, data):
+    bed = Bed(policy, MODEL, LENGTHS).fill(*data[1:])
+    whole = bed.decode(data[0])
+    order = [7, 2, 0, 6, 1, 5, 3, 4]
+    assert torch.equal(bed.decode(data[0], order).out, whole.out[:, order])
+    for row in range(len(LENGTHS)):
+        assert torch.equal(bed.decode(data[0], [row]).out[:, 0], whole.out[:, row])
+
+
+def test_law_6_physical_pages_have_no_meaning(policy, data):
+    first = Bed(policy, MODEL, LENGTHS, page_order=1).fill(*data[1:]).decode(data[0])
+    second = Bed(policy, MODEL, LENGTHS, page_order=2).fill(*data[1:]).decode(data[0])
+    assert same(first, second)
+
+
+@pytest.mark.parametrize("chunk", [1, 37])
+def test_law_7_summaries_grow_as_if_built_at_once(policy, data, chunk):
+    whole = Bed(policy, MODEL, LENGTHS).fill(*data[1:])
+    grown = Bed(policy, MODEL, LENGTHS).fill(*data[1:], chunk=chunk)
+    for a, b in zip(whole.layers, grown.layers, strict=True):
+        assert a.summary is None or torch.equal(a.summary, b.summary)
+    assert same(whole.decode(data[0]), grown.decode(data[0]))
+
+
+def test_law_8_a_reissued_page_carries_nothing_over(policy, data):
+    query, key, value = data
+    fresh = Bed(policy, MODEL, LENGTHS).fill(key, value).decode(query)
+    used = Bed(policy, MODEL, LENGTHS, filler=float("nan"))
+    used.lengths = [MODEL.max_len] * len(LENGTHS)
+    used.fill(key.flip(2) * 50, value.flip(2) * 50)
+    used.lengths = LENGTHS
+    assert same(fresh, used.fill(key, value).decode(query))
+
+
+def test_law_9_a_step_in_used_buffers_is_the_same(policy, data):
+    bed = Bed(policy, MODEL, LENGTHS).fill(*data[1:])
+    first = bed.decode(data[0])
+    bed.decode(data[0].flip(0, 2) * 3, [6, 0, 7])  # leaves other scores, units and counts behind
+    assert same(first, bed.decode(data[0]))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), 1e4])
+def test_poison_in_unselected_values_changes_nothing(policy, data, poison):
+    bed = Bed(policy, MODEL, LENGTHS).fill(*data[1:])
+    clean = bed.decode(data[0])
+    poisoned = 0
+    heads = MODEL.heads
+    for layer, mask in enumerate(clean.masks):
+        read = mask.expand(-1, heads.query_heads, -1) if mask.shape[1] == 1 else mask
+        read = read.unflatten(1, (heads.kv_heads, -1)).any(2)  # [B, H, T] by KV head
+        for row, head, token in (~read).nonzero().tolist():
+            page = bed.pages[row, token // bed.page_size]
+            bed.layers[layer].kv.value[page, head, token % bed.page_size] = poison
+            poisoned += token < LENGTHS[row]
+    assert same(clean, bed.decode(data[0]))
+    assert bool(poisoned) == bool(sparse_layers(policy))
+
+
+def test_reuse_layers_attend_to_the_latest_selection():
+    policy = CASES["tidal"]
+    roles = [plan.role for plan in policy.plans(MODEL)]
+    assert roles == [Role.DENSE, Role.SELECT, Role.REUSE, Role.SELECT, Role.REUSE]
