@@ -42,7 +42,7 @@ class PolicySource:
     def policy(self, model_name: str) -> Policy:
         """The policy for a model, with the overrides."""
         pattern = self._pattern(model_name)
-        values = self.models[pattern] | {key: value for key, (value, _) in self.overrides.items()}
+        values = {**self.models[pattern], **{key: value for key, (value, _) in self.overrides.items()}}
         return _build(values, lambda key: self._where(pattern, key))
 
     def locate(self, error: ConfigError, model_name: str) -> ConfigError:
@@ -134,7 +134,7 @@ def read_policy_file(path: str) -> dict[str, dict[str, Any]]:
     content = _read_yaml(path)
     models = content.get("models", MISSING) if isinstance(content, dict) else MISSING
     if not isinstance(models, dict) or not models:
-        raise ConfigError("models", models, "patterns of model names with their policies", remedy=SEE_SCHEMA, where=path)
+        raise ConfigError("models", models, "patterns of model names, each a policy", remedy=SEE_SCHEMA, where=path)
     for key in content.keys() - {"models"}:
         raise ConfigError(key, content[key], choices=["models"], remedy="remove or rename the key", where=path)
     for pattern, entry in models.items():
@@ -148,7 +148,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, _ in node.value:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} is written twice", key.start_mark)
             seen.add(key.value)
@@ -157,15 +157,15 @@ class _Loader(yaml.SafeLoader):
 
 def _read_yaml(path: str) -> Any:
     try:
-        return yaml.load(Path(path).read_text(), _Loader)  # noqa: S506, a SafeLoader
-    except OSError as error:
-        raise ConfigError(
-            "policy", path, "a policy file, or one of " + ", ".join(POLICIES), remedy=f"{error.strerror}: check the path"
-        ) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
+        return yaml.load(Path(path).read_text(), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        allowed = f"a policy file, or one of {', '.join(POLICIES)}"
+        raise ConfigError("policy", path, allowed, remedy=f"check the path ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else path
-        raise ConfigError("policy file", error.problem, "YAML", remedy="correct the line", where=where) from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError("policy file", problem, "YAML", remedy="correct the line", where=where) from None
 
 
 def _is_file(spec: str) -> bool:

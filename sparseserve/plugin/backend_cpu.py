@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ from sparseserve.types import LayerPlan, PageTable, Step
 class SparseCPUBackend(CPUAttentionBackend):
     """CPU_ATTN, with the policy of `additional_config["sparseserve"]` on decode rows."""
 
+    # vLLM asks the class for its spec outside of any config; the layers were built just before, within theirs.
+    policy: ClassVar[Policy | None] = None
+
     @staticmethod
     def get_impl_cls() -> type[SparseCPUImpl]:
         return SparseCPUImpl
@@ -42,8 +46,7 @@ class SparseCPUBackend(CPUAttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        policy = policy_of(get_current_vllm_config())
-        return spec if policy is None else with_summaries(spec, policy)
+        return spec if cls.policy is None else with_summaries(spec, cls.policy)
 
 
 @dataclass
@@ -135,6 +138,10 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
 
     _policy: Policy | None = None
     _layer: SparseLayer | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        SparseCPUBackend.policy = policy_of(get_current_vllm_config())
 
     def bind(self, policy: Policy, plan: LayerPlan, summary_shape: tuple[int, ...], meter: Meter | None) -> None:
         """Take the layer's plan; `meter` is the one to report a finished step to, for the last layer only."""
