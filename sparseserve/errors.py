@@ -47,7 +47,9 @@ class Problem:
     @property
     def nearest(self) -> str | None:
         """The choice most like what was written: an unknown key resembles a key, a wrong value a value."""
-        matches = (difflib.get_close_matches(word, self.choices, n=1, cutoff=0.5) for word in (self.key, str(self.value)))
+        matches = (
+            difflib.get_close_matches(word, self.choices, n=1, cutoff=0.5) for word in (self.key, str(self.value))
+        )
         return next((match[0] for match in matches if match), None)
 
 

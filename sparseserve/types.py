@@ -31,6 +31,13 @@ class Scope(Enum):
     QUERY_HEAD = "query_head"
 
 
+class Bound(Enum):
+    """How the summary of a unit bounds its keys."""
+
+    MIN_MAX = "min_max"  # smallest and largest key, per dim
+    MEAN_STD = "mean_std"  # sum and sum of squares, per dim
+
+
 @dataclass(frozen=True, slots=True)
 class HeadShape:
     """The attention heads of one layer on one rank."""

@@ -9,6 +9,7 @@
 namespace sparseserve::cpu {
 
 constexpr int kTileTokens = 32;
+constexpr int64_t kMaxHeadDim = 256;
 
 // Up to 32 consecutive tokens of one page, those whose bit is set.
 struct Tile {
@@ -35,7 +36,6 @@ struct Ahead {
 
 struct Isa {
   const char* name;
-  bool (*supported)();
 
   // queries: [heads, D] scratch. partial: [heads] maximum (base 2), [heads] sum, [heads, D] unnormalised output.
   void (*attend_chunk)(const AttendParams&, const HeadGroup&, const Tile*, int64_t tiles, const Ahead&, float* queries,
@@ -48,7 +48,7 @@ struct Isa {
                      const Ahead&, bool per_head, float* queries, float* mass);
   // Scores of the `units` consecutive units at `summary`, the last of which holds `last_tokens`; queries is [G, D].
   void (*score_units)(const ScorePagesParams&, const float* queries, int64_t group, const float* summary,
-                      int64_t units, int64_t last_tokens, float* scores);
+                      int64_t units, int64_t last_tokens, const float* ahead, float* scores);
   // Query heads [head, head + heads) of a row as fp32 [heads, D].
   void (*load_queries)(const Query&, int64_t row, int64_t head, int64_t heads, float* queries);
   // Dims [dim, dim + 16) of one KV head over all tokens, strictly in order.
@@ -57,6 +57,6 @@ struct Isa {
 
 const Isa& isa();
 
-inline int64_t size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
+[[gnu::always_inline]] constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat ? 4 : 2; }
 
 }  // namespace sparseserve::cpu

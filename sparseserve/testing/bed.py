@@ -50,9 +50,7 @@ class Bed:
         memory = torch.full((model.layers, pool, page + tail), filler, dtype=dtype)
         shape = (pool, heads.kv_heads, page_size, 2 * heads.head_dim)
         stride = (page + tail, page_size * 2 * heads.head_dim, 2 * heads.head_dim, 1)
-        self.layers = [
-            self._layer(torch.as_strided(layer, shape, stride), index) for index, layer in enumerate(memory)
-        ]
+        self.layers = [self._layer(torch.as_strided(layer, shape, stride), index) for index, layer in enumerate(memory)]
         self.buffers = StepBuffers(policy, heads, len(lengths), model.max_len, model.layers)
 
     def _layer(self, cache: Tensor, index: int) -> SparseLayer:
@@ -115,6 +113,4 @@ def token_mask(selection: Selection, seq_lens: Tensor, length: int) -> Tensor:
 
 
 def _copy(selection: Selection) -> Selection:
-    return Selection(
-        selection.spans.clone(), selection.units.clone(), selection.count.clone(), selection.unit_tokens
-    )
+    return Selection(selection.spans.clone(), selection.units.clone(), selection.count.clone(), selection.unit_tokens)

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -96,6 +97,17 @@ SPARSESERVE_INLINE void store_scalar(fp16* p, float x) {
   p->bits = static_cast<uint16_t>(sign | half);
 }
 
+// a * b + c, rounded once where the hardware can. Nothing else is contracted: -ffp-contract=off.
+SPARSESERVE_INLINE Float fma(Float a, Float b, Float c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 SPARSESERVE_INLINE Float maximum(Float a, Float b) { return a < b ? b : a; }
 SPARSESERVE_INLINE Float minimum(Float a, Float b) { return b < a ? b : a; }
 SPARSESERVE_INLINE Float absolute(Float x) { return bit_cast<Float>(bit_cast<Int>(x) & 0x7fffffff); }
@@ -154,12 +166,10 @@ SPARSESERVE_INLINE Float exp2(Float x) {
   x = x > splat(126.f) ? splat(126.f) : x;
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
   const Float n = (x + kRound) - kRound, f = x - n;
-  Float y = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
-  y = y * f + 9.618437357674640e-3f;
-  y = y * f + 5.550332471162809e-2f;
-  y = y * f + 2.402264791363012e-1f;
-  y = y * f + 6.931472028550421e-1f;
-  y = y * f + 1.f;
+  Float y = splat(1.535336188319500e-4f);
+  for (const float c : {1.339887440266574e-3f, 9.618437357674640e-3f, 5.550332471162809e-2f, 2.402264791363012e-1f,
+                        6.931472028550421e-1f, 1.f})
+    y = fma(y, f, splat(c));
   return y * bit_cast<Float>((__builtin_convertvector(n, Int) + 127) << 23);
 }
 

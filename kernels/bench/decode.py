@@ -1,0 +1,206 @@
+"""Decode time per token, end to end through vLLM: the policies beside vLLM's own CPU_ATTN without the plugin.
+
+The model is the demo model with inert layers on top (their output projections are zero): it costs what a model of
+`--layers` layers costs and still answers, so every timing comes with the proof that its tokens were right. Two engines
+live side by side, one without the plugin, one whose policy is exchanged; runs alternate in random order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from sparseserve.config import to_dict
+from sparseserve.demo import circuits
+from sparseserve.demo.build import build
+from sparseserve.demo.questions import prose
+from sparseserve.policies import Dense, Policy, Quest, Streaming, Tidal
+from sparseserve.testing.engine import rebind
+
+CONTEXTS = (512, 4096, 16384, 32768)
+BUDGET = 1024
+CONTROL, AGAIN = "CPU_ATTN", "CPU_ATTN again"
+FAR, NEAR = ("Galedu", "7KQ2XW9B4T3MZ1PC"), ("Torvik", "R5H8J0VD6LYN2SGE")  # one needle early, one in every window
+TOKENS = 16  # the value; the tokens after it are not timed
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One context under one policy."""
+
+    context: int
+    policy: str
+    ms_per_token: float  # median over the rounds of the median over steps
+    spread: float  # (slowest - fastest round) / median
+    speedup: float  # CPU_ATTN / this
+    right: bool  # every round gave the right tokens
+
+
+def policies(layers: int) -> dict[str, Policy]:
+    """What is measured; `layers` is the depth of the model."""
+    tidal = {"budget_tokens": BUDGET, "reselect_layer": circuits.RESELECT_LAYER}
+    return {
+        "dense": Dense(),
+        "streaming": Streaming(sink_tokens=4, recent_tokens=BUDGET - 4),
+        "quest": Quest(budget_tokens=BUDGET),
+        "quest, no dense layers": Quest(budget_tokens=BUDGET, dense_layers=0),
+        "tidal": Tidal(**tidal),
+        "tidal, units of 32": Tidal(**tidal | {"unit_tokens": 32}),
+    }
+
+
+def deep_model(path: Path, layers: int) -> None:
+    """The demo model with inert layers on top, `layers` in all."""
+    build(path)
+    state = load_file(path / "model.safetensors")
+    template = {name: tensor for name, tensor in state.items() if name.startswith("model.layers.3.")}
+    for layer in range(circuits.LAYERS, layers):
+        for name, tensor in template.items():
+            inert = name.endswith(("o_proj.weight", "down_proj.weight"))
+            state[name.replace(".3.", f".{layer}.")] = tensor * 0 if inert else tensor.clone()
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+
+
+def prompt(context: int, needle: tuple[str, str]) -> str:
+    """A document of `context` tokens that holds both needles and asks for one; longer ones continue shorter ones."""
+    far, near = (f" The pass key of {name} is {value}. " for name, value in (FAR, NEAR))
+    question = f"\nThe pass key of {needle[0]} is "
+    text = prose(context - 1 - len(far) - len(near) - len(question))
+    return text[:100] + far + text[100:] + near + question
+
+
+def engine(model: str, plugin: bool, pipe: Connection) -> None:
+    """A child process: binds policies and times decodes on request."""
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "3",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_PLUGINS": "sparseserve" if plugin else "",
+    }
+    from vllm import LLM
+
+    settings = {"additional_config": {"sparseserve": to_dict(Quest())}} if plugin else {}
+    llm = LLM(model, max_model_len=CONTEXTS[-1] + 256, max_num_seqs=4, enforce_eager=True, **settings)
+    pipe.send("ready")
+    while (request := pipe.recv()) is not None:
+        kind, value = request
+        if kind == "bind":
+            pipe.send(llm.collective_rpc(rebind, args=(value,)))
+        else:
+            pipe.send(decode(llm, value))
+
+
+def decode(llm: Any, text: str) -> tuple[float, str]:
+    """Median seconds of a decode step, and the value that was generated."""
+    from vllm import SamplingParams
+
+    core = llm.llm_engine
+    core.add_request("bench", text, SamplingParams(temperature=0, max_tokens=TOKENS))
+    times, answer = [], ""
+    while core.has_unfinished_requests():
+        start = time.perf_counter()
+        outputs = core.step()
+        times.append(time.perf_counter() - start)
+        answer = outputs[0].outputs[0].text if outputs else answer
+    return median(times[-(TOKENS - 2) :]), answer
+
+
+def measure(model: str, layers: int, rounds: int, console: Console) -> list[Timing]:
+    """Every policy at every context."""
+    spawn = get_context("spawn")
+    pipes = {}
+    for plugin in (False, True):
+        pipes[plugin], theirs = spawn.Pipe()
+        spawn.Process(target=engine, args=(model, plugin, theirs), daemon=True).start()
+        assert pipes[plugin].recv() == "ready"
+    candidates: dict[str, Policy | None] = {CONTROL: None, AGAIN: None, **policies(layers)}
+
+    def run(policy: Policy | None, context: int) -> tuple[float, bool]:
+        pipe = pipes[policy is not None]
+        if policy is not None:
+            pipe.send(("bind", policy))
+            pipe.recv()
+        needle = NEAR if isinstance(policy, Streaming) else FAR
+        pipe.send(("decode", prompt(context, needle)))
+        seconds, answer = pipe.recv()
+        return seconds, answer == needle[1]
+
+    timings = []
+    shuffle = random.Random(0).shuffle
+    for context in CONTEXTS:
+        console.print(f"{context} tokens: prefill, then {rounds} rounds ...")
+        for policy in (None, candidates["dense"], candidates["streaming"]):
+            run(policy, context)  # fills the prefix cache
+        results: dict[str, list[tuple[float, bool]]] = {name: [] for name in candidates}
+        for _ in range(rounds):
+            order = list(candidates)
+            shuffle(order)
+            for name in order:
+                results[name].append(run(candidates[name], context))
+        timings += [_timing(context, name, results) for name in candidates]
+    for pipe in pipes.values():
+        pipe.send(None)
+    return timings
+
+
+def _timing(context: int, name: str, results: dict[str, list[tuple[float, bool]]]) -> Timing:
+    seconds = [second for second, _ in results[name]]
+    middle = median(seconds)
+    control = median(second for second, _ in results[CONTROL])
+    right = all(right for _, right in results[name])
+    return Timing(context, name, 1e3 * middle, (max(seconds) - min(seconds)) / middle, control / middle, right)
+
+
+def table(timings: list[Timing]) -> Table:
+    """The timings as people read them; a speed without the right tokens is left out."""
+    out = Table(
+        "policy", *(f"{context} tokens" for context in CONTEXTS), title="decode, ms per token (CPU_ATTN / this)"
+    )
+    for name in dict.fromkeys(timing.policy for timing in timings):
+        cells = [
+            f"{timing.ms_per_token:.2f} ({timing.speedup:.2f}x)" if timing.right else "wrong tokens"
+            for timing in timings
+            if timing.policy == name
+        ]
+        out.add_row(name, *cells)
+    return out
+
+
+def main() -> None:
+    """Measure, print, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    console = Console()
+    with TemporaryDirectory() as folder:
+        model = Path(folder) / "deep"
+        deep_model(model, options.layers)
+        timings = measure(str(model), options.layers, options.rounds, console)
+    console.print(table(timings))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        record = {"layers": options.layers, "rounds": options.rounds, "timings": [asdict(t) for t in timings]}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

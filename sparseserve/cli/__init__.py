@@ -1,0 +1,39 @@
+"""The `sparseserve` command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from sparseserve.cli import demo, doctor, policies, serve
+from sparseserve.errors import SparseServeError
+
+
+class Commands(TyperGroup):
+    """Prints the user's errors without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except SparseServeError as error:
+            print(f"sparseserve: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    name="sparseserve",
+    help="Serve models with decode-time sparse attention in stock vLLM.",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+VLLM_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=VLLM_ARGUMENTS, options_metavar="MODEL [OPTIONS] [any option of vllm serve]")(serve.serve)
+app.command()(policies.policies)
+app.command()(doctor.doctor)
+app.command()(demo.demo)

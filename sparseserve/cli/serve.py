@@ -1,0 +1,30 @@
+"""`sparseserve serve`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sparseserve.server.supervise import supervise
+
+
+def serve(
+    ctx: typer.Context,
+    policy: Annotated[str, typer.Option(metavar="NAME|FILE", help="A policy, or a file with one for each model.")] = "",
+    pairs: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter; repeatable.")
+    ] = None,
+) -> None:
+    """Serve MODEL with vLLM's own server, decoding under a policy.
+
+    Every other option goes to `vllm serve` untouched; `sparseserve serve -- --help=all` lists them.
+
+    Without --policy, SPARSESERVE_POLICY is read; without --set budget_tokens=N, SPARSESERVE_SET_BUDGET_TOKENS.
+    """
+    ours = ["--policy", policy] if policy else []
+    for pair in pairs or []:
+        ours += ["--set", pair]
+    # A child process of its own: this one stays small and tells a stop from a death.
+    raise typer.Exit(supervise([sys.executable, "-m", "sparseserve.server", *ours, "--", *ctx.args]))

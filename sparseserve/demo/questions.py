@@ -1,0 +1,67 @@
+"""Needle questions over real text: one pass key to find among distractors, seeded and of exact length."""
+
+from __future__ import annotations
+
+import random
+import string
+from dataclasses import dataclass
+from functools import cache
+
+_VALUE = string.ascii_uppercase + string.digits
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt and its only right answer; one byte is one token, and the tokenizer adds `<s>`."""
+
+    prompt: str
+    answer: str  # with the final full stop
+    value_start: int  # token index of the first byte of the value in the document, counting <s>
+
+    @property
+    def tokens(self) -> int:
+        """Length of the prompt with `<s>`."""
+        return 1 + len(self.prompt)
+
+
+@cache
+def _library_text() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics.values()).encode("ascii", "ignore").decode()
+
+
+def prose(tokens: int, start: int = 0) -> str:
+    """That many bytes of real English, from byte `start` on, cyclic: the language reference that ships with CPython."""
+    text = _library_text()
+    start %= len(text)
+    repeats = 1 + (start + tokens) // len(text)
+    return (text * repeats)[start : start + tokens]
+
+
+def ask(tokens: int, depth: float, seed: int, distractors: int = 3, value_length: int = 8) -> Question:
+    """A question of `tokens` tokens whose needle starts at `depth` (0 to 1) of the document."""
+    draw = random.Random(f"{tokens} {depth} {seed} {distractors}")
+    names: dict[str, str] = {}
+    while len(names) <= distractors:
+        names[_name(draw)] = "".join(draw.choices(_VALUE, k=value_length))
+    (name, value), *others = names.items()
+    needles = [f" The pass key of {n} is {v}. " for n, v in names.items()]
+    question = f"\nThe pass key of {name} is "
+
+    room = tokens - 1 - len(question) - sum(map(len, needles))
+    if room < 0:
+        raise ValueError(f"{tokens} tokens leave no room for {len(needles)} needles and the question")
+    text = prose(room, draw.randrange(len(_library_text())))
+    places = [depth, *(draw.random() for _ in others)]
+    document, end = "", 0
+    for place, needle in sorted(zip(places, needles, strict=True)):
+        start, end = end, round(place * room)
+        document += text[start:end] + needle
+    prompt = document + text[end:] + question
+    return Question(prompt, value + ".", 1 + prompt.index(needles[0]) + needles[0].index(value))
+
+
+def _name(draw: random.Random) -> str:
+    letters = [draw.choice("aeiou" if i % 2 else "bcdfghjklmnprstvz") for i in range(draw.randint(5, 8))]
+    return "".join(letters).capitalize()

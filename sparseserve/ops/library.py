@@ -1,0 +1,61 @@
+"""The torch library `sparseserve`: schemas, fakes, and the compiled kernels behind them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+
+import torch
+
+SCHEMAS = {
+    "summarize_pages": "(Tensor key, Tensor slots, Tensor(a!) summary, int unit_tokens, int bound) -> ()",
+    "score_pages": "(Tensor query, Tensor summary, Tensor pages, Tensor seq_lens, int unit_tokens, int bound, "
+    "Tensor(a!) scores) -> ()",
+    "score_tokens": "(Tensor query, Tensor key, Tensor pages, Tensor seq_lens, Tensor lse, float scale, "
+    "int unit_tokens, Tensor(a!) scores) -> ()",
+    "select_units": "(Tensor scores, Tensor seq_lens, Tensor sink, Tensor recent, Tensor budget, int unit_tokens, "
+    "Tensor(a!) spans, Tensor(b!) units, Tensor(c!) count) -> ()",
+    "attend": "(Tensor query, Tensor key, Tensor value, Tensor pages, Tensor seq_lens, Tensor spans, Tensor units, "
+    "Tensor count, int unit_tokens, float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) attended) -> ()",
+}
+
+
+def _fake(*_: object) -> None:
+    """Every op writes into its arguments and returns nothing."""
+
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"sparseserve::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(f"sparseserve::{_name}", _fake)
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL:
+    """The compiled CPU kernels; loading them registers them with torch.
+
+    Raises KernelsNotBuiltError when the package was installed without them.
+    """
+    spec = importlib.util.find_spec("sparseserve._C_cpu")
+    if spec is None or spec.origin is None:
+        from sparseserve.errors import KernelsNotBuiltError
+
+        raise KernelsNotBuiltError(
+            "The compiled kernels (sparseserve/_C_cpu.so) are missing. "
+            "Build them with `pip install --no-build-isolation -e .` in the source tree, or install the wheel."
+        )
+    library = ctypes.CDLL(spec.origin)
+    library.sparseserve_isa.restype = ctypes.c_char_p
+    library.sparseserve_use_isa.argtypes = [ctypes.c_char_p]
+    return library
+
+
+def isa() -> str:
+    """The instruction set that the CPU kernels use: avx512_bf16, avx512, avx2 or portable."""
+    name: bytes = kernels().sparseserve_isa()
+    return name.decode()
+
+
+def use_isa(name: str) -> bool:
+    """Make the CPU kernels use another instruction set, for tests; False if this machine lacks it."""
+    return bool(kernels().sparseserve_use_isa(name.encode()))

@@ -1,0 +1,8 @@
+"""What correct means: the ops in plain torch, with the signatures of `sparseserve.ops` and written to be read."""
+
+from sparseserve.reference.attend import attend, attended_tokens
+from sparseserve.reference.score import score_pages, score_tokens
+from sparseserve.reference.select import select_units
+from sparseserve.reference.summarize import summarize_pages
+
+__all__ = ["attend", "attended_tokens", "score_pages", "score_tokens", "select_units", "summarize_pages"]

@@ -1,0 +1,65 @@
+"""Scores of units, from their summaries and from their keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparseserve.reference.paging import logits, row_tokens, row_units
+from sparseserve.types import Bound
+
+
+def score_pages(
+    query: Tensor,
+    summary: Tensor,
+    pages: Tensor,
+    seq_lens: Tensor,
+    unit_tokens: int,
+    bound: Bound,
+    scores: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """See `sparseserve.ops.score_pages`; `dtype` is that of the arithmetic."""
+    if scores is None:
+        shape = query.shape[0], summary.shape[1], pages.shape[1] * summary.shape[2]
+        scores = query.new_full(shape, -torch.inf, dtype=dtype)
+    for row, length in enumerate(seq_lens.tolist()):
+        units = -(-length // unit_tokens)
+        tokens = (length - unit_tokens * torch.arange(units)).clamp(max=unit_tokens)
+        center, half = _box(row_units(summary, pages[row], units).to(dtype), tokens, bound)
+        queries = query[row].to(dtype).reshape(summary.shape[1], -1, query.shape[2])  # [H, G, D]
+        bounds = queries @ center.transpose(1, 2) + queries.abs() @ half.transpose(1, 2)
+        scores[row, :, :units] = bounds.amax(1)
+    return scores
+
+
+def _box(summary: Tensor, tokens: Tensor, bound: Bound) -> tuple[Tensor, Tensor]:
+    """Centre and half width [H, units, D] of the keys behind `summary` [H, units, 2, D]."""
+    first, second = summary.unbind(2)
+    if bound is Bound.MIN_MAX:
+        return (first + second) / 2, (second - first) / 2
+    mean, square = first / tokens[:, None], second / tokens[:, None]
+    return mean, (square - mean * mean).clamp(min=0).sqrt()
+
+
+def score_tokens(
+    query: Tensor,
+    key: Tensor,
+    pages: Tensor,
+    seq_lens: Tensor,
+    lse: Tensor,
+    scale: float,
+    scores: Tensor,
+    unit_tokens: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """See `sparseserve.ops.score_tokens`; `dtype` is that of the arithmetic."""
+    for row, length in enumerate(seq_lens.tolist()):
+        keys = row_tokens(key, pages[row], length)
+        mass = (logits(query[row], keys, scale, dtype) - lse[row, :, None].to(dtype)).exp()  # [Hq, length]
+        units = -(-length // unit_tokens)
+        mass = pad(mass, (0, units * unit_tokens - length))
+        heads = scores.shape[1]
+        scores[row, :, :units] = mass.view(heads, len(mass) // heads, units, unit_tokens).sum((1, 3))
+    return scores

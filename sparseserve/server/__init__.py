@@ -1,0 +1,1 @@
+"""Starting vLLM's server with a policy, and what it shows of itself."""

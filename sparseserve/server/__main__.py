@@ -1,0 +1,10 @@
+"""The child process of `sparseserve serve`."""
+
+import sys
+
+from sparseserve.server.launch import main
+from sparseserve.server.supervise import stop_with_parent
+
+if __name__ == "__main__":
+    stop_with_parent()
+    sys.exit(main(sys.argv[1:]))

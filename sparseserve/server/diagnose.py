@@ -1,0 +1,156 @@
+"""What `sparseserve doctor` looks at."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution, entry_points, packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from sparseserve.errors import SparseServeError
+
+VLLM_VERSION = "0.32."
+INSTALL = "pip install 'sparseserve[cpu]'"
+ENTRY_POINTS = {"vllm.general_plugins": "sparseserve", "vllm.endpoint_plugins": "sparseserve_metrics"}
+# What the plugin and the launcher rely on: module, then names (`Class.member`) or dataclass fields (`Class:field`).
+SEAMS = {
+    "vllm.v1.attention.backends.registry": ["AttentionBackendEnum.CPU_ATTN", "register_backend"],
+    "vllm.v1.attention.backends.cpu_attn": [
+        "CPUAttentionBackend.customize_spec",
+        "CPUAttentionBackendImpl.forward",
+        "CPUAttentionBackendImpl.do_kv_cache_update",
+        "CPUAttentionMetadataBuilder.build",
+        "CPUAttentionMetadataBuilder._set_isa_to_layers",
+        "_get_attn_isa",
+    ],
+    "vllm.v1.attention.backend": [
+        "CommonAttentionMetadata:query_start_loc_cpu",
+        "CommonAttentionMetadata:seq_lens_cpu_upper_bound",
+        "CommonAttentionMetadata:is_prefilling",
+    ],
+    "vllm.v1.kv_cache_interface": ["FullAttentionSpec:page_size_padded", "FullAttentionSpec.unpadded_page_size_bytes"],
+    "vllm.model_executor.models.utils": ["extract_layer_index"],
+    "vllm.config": ["VllmConfig:additional_config", "ParallelConfig:worker_extension_cls"],
+    "vllm.entrypoints.cli.serve": ["ServeSubcommand.cmd", "ServeSubcommand.subparser_init"],
+}
+
+Status = Literal["ok", "warning", "blocks"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report."""
+
+    check: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+def diagnose() -> list[Finding]:
+    """Everything that serving needs, in the order in which it is needed."""
+    findings = [_python(), _torch(), _kernels(), _gpu(), _vllm()]
+    if findings[-1].status != "blocks":
+        findings += [_seams(), _console_script(), _allocator()]
+    return [*findings, _plugins(), *_companions()]
+
+
+def _finding(check: str, fine: bool, found: str, remedy: str, otherwise: Status = "blocks") -> Finding:
+    return Finding(check, "ok" if fine else otherwise, found, "" if fine else remedy)
+
+
+def _python() -> Finding:
+    found = ".".join(map(str, sys.version_info[:3]))
+    return _finding("Python", sys.version_info >= (3, 11), found, "use Python 3.11 or newer")
+
+
+def _torch() -> Finding:
+    import torch
+
+    fine = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
+    return _finding("torch", fine, torch.__version__, "install torch 2.11 or newer")
+
+
+def _kernels() -> Finding:
+    from sparseserve import ops
+
+    try:
+        return Finding("kernels", "ok", f"built, {ops.isa()} in use")
+    except SparseServeError as error:
+        return Finding("kernels", "blocks", "not built", str(error))
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("GPU", "ok", "none; policies run on the CPU")
+    return Finding("GPU", "warning", torch.cuda.get_device_name(), "policies run on the CPU only: use sparseserve[cpu]")
+
+
+def _vllm() -> Finding:
+    if find_spec("vllm") is None:
+        return Finding("vLLM", "blocks", "not installed", INSTALL)
+    found = version(packages_distributions()["vllm"][0])
+    return _finding("vLLM", found.startswith(VLLM_VERSION), found, f"install vLLM {VLLM_VERSION}x: {INSTALL}")
+
+
+def _seams() -> Finding:
+    missing = [f"{module}.{name}" for module, names in SEAMS.items() for name in names if not _has(module, name)]
+    found = f"missing {', '.join(missing)}" if missing else "all there"
+    return _finding("vLLM seams", not missing, found, f"this vLLM has been changed: {INSTALL}")
+
+
+def _has(module: str, name: str) -> bool:
+    try:
+        found = import_module(module)
+    except ImportError:
+        return False
+    cls, _, field = name.partition(":")
+    if field:
+        return field in {f.name for f in fields(getattr(found, cls))}
+    for part in name.split("."):
+        if not hasattr(found, part):
+            return False
+        found = getattr(found, part)
+    return True
+
+
+def _console_script() -> Finding:
+    try:
+        distribution("vllm")
+    except PackageNotFoundError:
+        found = "`vllm` cannot start: it looks for a distribution named vllm"
+        return Finding("vllm script", "warning", found, "start servers with `sparseserve serve`")
+    return Finding("vllm script", "ok", "starts")
+
+
+def _allocator() -> Finding:
+    import vllm
+
+    bundled = list(Path(vllm.__file__).parent.glob("libs/libtcmalloc*"))
+    fine = bool(bundled) or "tcmalloc" in os.environ.get("LD_PRELOAD", "")
+    found = "tcmalloc" if fine else "no tcmalloc: allocation on the CPU is slower"
+    return _finding("allocator", fine, found, "install libtcmalloc-minimal4 and name it in LD_PRELOAD", "warning")
+
+
+def _plugins() -> Finding:
+    missing = [name for group, name in ENTRY_POINTS.items() if name not in entry_points(group=group).names]
+    found = f"missing {', '.join(missing)}" if missing else ", ".join(ENTRY_POINTS.values())
+    return _finding("vLLM plugins", not missing, found, "install sparseserve: its folder on PYTHONPATH is not enough")
+
+
+def _companions() -> Iterator[Finding]:
+    """torchvision and torchaudio are optional, but vLLM dies on ones built for another torch."""
+    for name in filter(find_spec, ("torchvision", "torchaudio")):
+        try:
+            import_module(name)
+            yield Finding(name, "ok", version(name))
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            yield Finding(name, "blocks", reason, f"pip uninstall {name}, or install the build for this torch")

@@ -1,0 +1,190 @@
+"""`sparseserve serve`: check everything, then run vLLM's own server with the policy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from sparseserve import ops
+from sparseserve.config import PolicySource, find_policy, to_dict
+from sparseserve.errors import ConfigError, Problem, SparseServeError, UnsupportedError
+from sparseserve.policies import Policy
+from sparseserve.server.supervise import SERVER_ENDED
+from sparseserve.types import LayerPlan, Role
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KEY = "sparseserve"  # of additional_config
+OUR_PLUGINS = ["sparseserve", "sparseserve_metrics"]
+ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
+WORKER_EXTENSION = "sparseserve.plugin.worker.StatsExtension"
+
+
+def main(argv: list[str]) -> int:
+    """Serve: `argv` is [--policy P] [--set K=V]... -- and the arguments of `vllm serve`."""
+    own = argparse.ArgumentParser("sparseserve serve")
+    own.add_argument("--policy")
+    own.add_argument("--set", action="append", default=[])
+    split = argv.index("--")
+    ours = own.parse_args(argv[:split])
+    try:
+        serve(find_policy(ours.policy, ours.set, os.environ), argv[split + 1 :])
+    except SparseServeError as error:
+        print(f"sparseserve: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return SERVER_ENDED
+
+
+def serve(source: PolicySource, argv: list[str]) -> None:
+    """Check the policy against vLLM's arguments, then run the server until it ends."""
+    ops.isa()  # raises KernelsNotBuiltError
+    os.environ["VLLM_PLUGINS"] = ",".join(allowed_plugins(os.environ))  # read when vLLM loads its plugins
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+
+    launch = prepare(source, argv)
+    print(f"{launch.command}\n{launch.summary}", file=sys.stderr, flush=True)
+    ServeSubcommand.cmd(launch.args)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A server that passed every check."""
+
+    args: argparse.Namespace
+    command: str
+    summary: str
+
+
+def prepare(source: PolicySource, argv: list[str]) -> Launch:
+    """Everything that can be known before the engine starts."""
+    from sparseserve.server.checks import check_supported, model_shape, plan_layers
+
+    with vllm_errors():
+        args = parse(argv)
+    policy = source.policy(args.model)
+    argv = [*argv, *policy_flags(policy, args)]
+    with vllm_errors():
+        args = parse(argv)
+        config = engine_config(args)
+    check_supported(config, policy)
+    shape = model_shape(config)
+    try:
+        plans = plan_layers(config, policy, shape)
+    except ConfigError as error:
+        raise source.locate(error, args.model) from None
+    return Launch(args, command_line(argv), summary(config, policy, plans))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """vLLM's own parser of `vllm serve`, whose console script some builds of vLLM cannot start."""
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    new_parser: Callable[..., Any] = FlexibleArgumentParser
+    parser = new_parser(prog="vllm")
+    serve_command = ServeSubcommand()
+    serve_command.subparser_init(parser.add_subparsers(dest="subparser"))
+    args: argparse.Namespace = parser.parse_args(["serve", *argv])
+    configure_logging_from_args(args)
+    serve_command.validate(args)
+    args.model = args.model_tag or args.model
+    return args
+
+
+def engine_config(args: argparse.Namespace) -> VllmConfig:
+    """The configuration that vLLM derives; reads the model's config.json, not its weights."""
+    from vllm import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    config: VllmConfig = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    return config
+
+
+@contextmanager
+def vllm_errors() -> Iterator[None]:
+    """vLLM's own message without the traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:
+        raise SparseServeError(f"vLLM refuses this configuration: {error}") from error
+
+
+def policy_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
+    """What to add to `vllm serve`; the user's own additional_config stays."""
+    settings = dict(args.additional_config)
+    if KEY in settings:
+        remedy = "give --policy and --set in its place"
+        raise ConfigError(f"--additional-config {KEY}", settings[KEY], "none: the policy sets it", remedy=remedy)
+    if args.worker_extension_cls not in ("", WORKER_EXTENSION):
+        allowed = f"none: vLLM takes one, and metrics need {WORKER_EXTENSION}"
+        remedy = "drop the flag, or derive your class from ours and load it in a plugin"
+        raise UnsupportedError(Problem("--worker-extension-cls", args.worker_extension_cls, allowed, remedy=remedy))
+    settings[KEY] = to_dict(policy)
+    # One dotted flag per key, all of them: vLLM lets dotted flags win over a JSON one.
+    pairs = [[f"--additional-config.{key}", json.dumps(value)] for key, value in settings.items()]
+    return [*chain.from_iterable(pairs), "--worker-extension-cls", WORKER_EXTENSION]
+
+
+def allowed_plugins(env: Mapping[str, str]) -> list[str]:
+    """VLLM_PLUGINS with our plugins in it: it is an allow-list, so what loads without it must be named too."""
+    if "VLLM_PLUGINS" in env:
+        theirs = env["VLLM_PLUGINS"].split(",")
+    else:
+        # Endpoint plugins of others stay off, as they are without VLLM_PLUGINS.
+        groups = entry_points().groups - {ENDPOINT_PLUGINS}
+        theirs = sorted(
+            point.name for group in groups if group.startswith("vllm.") for point in entry_points(group=group)
+        )
+    return list(dict.fromkeys([*OUR_PLUGINS, *filter(None, theirs)]))
+
+
+def command_line(argv: list[str]) -> str:
+    """The same server without our launcher, to copy and paste."""
+    plugins = ["VLLM_PLUGINS=" + os.environ["VLLM_PLUGINS"]]
+    try:
+        distribution("vllm")
+    except PackageNotFoundError:  # the console script needs it, repackaged builds lack it
+        model = [] if argv[0].startswith("-") else ["--model", argv.pop(0)]
+        return shlex.join([*plugins, "python", "-m", "vllm.entrypoints.openai.api_server", *model, *argv])
+    return shlex.join([*plugins, "vllm", "serve", *argv])
+
+
+def summary(config: VllmConfig, policy: Policy, plans: Sequence[LayerPlan]) -> str:
+    """What the policy will do, in one line."""
+    length = config.model_config.max_model_len
+    roles = {role: [plan.layer for plan in plans if plan.role is role] for role in Role}
+    attended = sum(policy.expected_tokens(plan.role, length) for plan in plans)
+    parts = [
+        " ".join(f"{key}={value}" for key, value in to_dict(policy).items()),
+        "layers " + ", ".join(f"{role.value} {ranges(layers)}" for role, layers in roles.items() if layers),
+        f"backend CPU_ATTN ({ops.isa()})",
+        f"runner {'V2' if config.use_v2_model_runner else 'V1'}",
+        f"attends to {attended / (length * len(plans)):.1%} of the KV cache per step at {length} tokens",
+    ]
+    return "sparseserve: " + "; ".join(parts)
+
+
+def ranges(layers: Iterable[int]) -> str:
+    """Layers as `0-1 4 6-9`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return " ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,70 @@
+"""Folders with a config.json and no weights, and vLLM's own look at them without its subprocesses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "odd-head-size": {"head_dim": 112},
+    "sliding": {"sliding_window": 1024},
+    "interleaved": {"sliding_window": 512, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
+    "mla": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 64,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "first_k_dense_replace": 6,
+    },
+    "mamba": {
+        "architectures": ["MambaForCausalLM"],
+        "model_type": "mamba",
+        "state_size": 16,
+        "conv_kernel": 4,
+        "expand": 2,
+        "time_step_rank": 16,
+    },
+    "encoder": {"architectures": ["BertModel"], "model_type": "bert", "max_position_embeddings": 512},
+}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folder of every model, by name, as `vllm serve` takes it."""
+    folders = {name: tmp_path_factory.mktemp("models") / name for name in MODELS}
+    for name, folder in folders.items():
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(LLAMA | MODELS[name]))
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def vllm_models() -> None:
+    """Known classes spare vLLM a subprocess of several seconds for each architecture."""
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.bert import BertModel
+    from vllm.model_executor.models.deepseek_v2 import DeepseekV2ForCausalLM
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+    from vllm.model_executor.models.mamba import MambaForCausalLM
+
+    for cls in (BertModel, DeepseekV2ForCausalLM, LlamaForCausalLM, MambaForCausalLM):
+        ModelRegistry.register_model(cls.__name__, cls)

@@ -1,0 +1,82 @@
+"""The `sparseserve` command as users type it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sparseserve.cli import app, serve
+from sparseserve.config import policy_file_schema
+from sparseserve.policies import POLICIES, Quest
+from sparseserve.server import diagnose
+
+run = CliRunner().invoke
+
+
+def test_policies_lists_names_keys_and_papers() -> None:
+    output = run(app, ["policies"], env={"COLUMNS": "160"}).output
+    for name, cls in POLICIES.items():
+        assert name in output
+        assert all(key in output for key in cls.model_fields)
+    assert "budget_tokens=1024" in output
+    assert "reselect_layer=(required)" in output
+
+
+def test_policies_as_json() -> None:
+    described = {policy["name"]: policy for policy in json.loads(run(app, ["policies", "--json"]).output)}
+    assert list(described) == list(POLICIES)
+    assert described["quest"]["paper"] == Quest.paper
+    assert described["quest"]["parameters"]["unit_tokens"]["enum"] == [16, 32, 64]
+    assert "default" not in described["tidal"]["parameters"]["reselect_layer"]
+
+
+def test_policies_prints_the_schema_of_a_policy_file() -> None:
+    assert json.loads(run(app, ["policies", "--schema"]).output) == policy_file_schema()
+
+
+def test_policies_needs_no_vllm() -> None:
+    program = "import sys; from sparseserve.cli import app; app(['policies'], standalone_mode=False); "
+    program += "sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_serve_hands_vllm_its_options_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(serve, "supervise", lambda command: commands.append(command) or 3)
+    theirs = ["org/model", "-tp", "2", "--port=9000", "--additional-config.a.b", "1", "-O3", "--no-enable-log-requests"]
+    ours = ["--policy", "quest", "--set", "budget_tokens=512", "--set", "sink_tokens=8"]
+    assert run(app, ["serve", *theirs[:3], *ours, *theirs[3:]]).exit_code == 3
+    assert commands == [[sys.executable, "-m", "sparseserve.server", *ours, "--", *theirs]]
+
+
+def test_serve_refuses_a_bad_policy_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "sparseserve", "serve", "no-such-model", "--policy", "qest"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "policy = qest" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.vllm
+def test_doctor_finds_what_we_rely_on_in_vllm() -> None:
+    findings = {finding.check: finding for finding in diagnose.diagnose()}
+    assert findings["vLLM seams"].found == "all there"
+    assert findings["vLLM"].status == "ok"
+    assert findings["torch"].status == "ok"
+
+
+@pytest.mark.vllm
+def test_doctor_says_what_blocks_and_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = {"vllm.config": ["VllmConfig:gone", "NotThere.method"], "vllm.not_there": ["name"]}
+    monkeypatch.setattr(diagnose, "SEAMS", broken)
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    result = run(app, ["doctor"], env={"COLUMNS": "300"})
+    assert result.exit_code == 1
+    for told in ("VllmConfig:gone", "NotThere.method", "vllm.not_there.name", "torchvision::nms", "pip uninstall"):
+        assert told in result.output

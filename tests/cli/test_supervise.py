@@ -1,0 +1,89 @@
+"""Exit codes of a supervised server, with small stand-ins for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparseserve.server.supervise import SERVER_ENDED
+
+PRELUDE = (
+    "import os, pathlib, signal, subprocess, sys, time\nfrom sparseserve.server.supervise import stop_with_parent\n"
+)
+READY = "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
+SUPERVISE = "import sys; from sparseserve.server.supervise import supervise; sys.exit(supervise(sys.argv[1:]))"
+Start = Callable[[str], "tuple[subprocess.Popen[bytes], int]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    """Supervise a Python program; returns the supervisor and the program's process id once it is ready."""
+
+    def run(program: str) -> tuple[subprocess.Popen[bytes], int]:
+        pid = tmp_path / "pid"
+        child = [sys.executable, "-c", PRELUDE + program, str(pid)]
+        supervisor = subprocess.Popen([sys.executable, "-c", SUPERVISE, *child])
+        wait_until(lambda: pid.exists() and pid.read_text() != "")
+        return supervisor, int(pid.read_text())
+
+    return run
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; a zombie that nobody collects does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("code", [0, 2, SERVER_ENDED])
+def test_the_exit_code_of_the_server_is_ours(start: Start, code: int) -> None:
+    supervisor, _ = start(READY + f"sys.exit({code})")
+    assert supervisor.wait(30) == code
+
+
+def test_a_killed_server_is_a_failure(start: Start) -> None:
+    supervisor, server = start(READY + "time.sleep(60)")
+    os.kill(server, signal.SIGKILL)
+    assert supervisor.wait(30) == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("code", [0, SERVER_ENDED])
+def test_a_stop_is_forwarded_and_no_failure(start: Start, stop: signal.Signals, code: int) -> None:
+    handler = f"signal.signal({int(stop)}, lambda *_: sys.exit({code}))\n"
+    supervisor, server = start(handler + READY + "time.sleep(60)")
+    supervisor.send_signal(stop)
+    assert supervisor.wait(30) == 0
+    assert not alive(server)
+
+
+def test_nothing_outlives_a_dead_server(start: Start) -> None:
+    """An engine whose server is gone would hold its memory for ever."""
+    engine = "engine = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    ready = "pathlib.Path(sys.argv[1]).write_text(str(engine.pid))\n"
+    supervisor, engine_pid = start(engine + ready + "sys.exit(1)")
+    assert supervisor.wait(30) == 1
+    wait_until(lambda: not alive(engine_pid))
+
+
+def test_the_server_stops_when_its_supervisor_is_killed(start: Start) -> None:
+    supervisor, server = start("stop_with_parent()\n" + READY + "time.sleep(60)")
+    supervisor.kill()
+    supervisor.wait(30)
+    wait_until(lambda: not alive(server))

@@ -1,0 +1,71 @@
+"""select_units: exactly the reference, whatever the scores are."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparseserve import ops, reference
+from sparseserve.types import Selection
+
+
+def select(function: object, scores: torch.Tensor, lengths: list[int], bounds: torch.Tensor, slots: int,
+           unit: int) -> Selection:  # fmt: skip
+    selection = Selection.empty(len(lengths), scores.shape[1], slots, unit)
+    function(scores, torch.tensor(lengths, dtype=torch.int32), *bounds.int(), selection)  # type: ignore[operator]
+    return selection
+
+
+def assert_same(one: Selection, other: Selection) -> None:
+    for name in ("spans", "units", "count"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_equals_reference(data: st.DataObject) -> None:
+    draw = data.draw
+    unit, heads, rows = draw(st.sampled_from([1, 16, 32, 64])), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    lengths = draw(st.lists(st.integers(0, 40 * unit), min_size=rows, max_size=rows))
+    sink = torch.tensor(draw(st.lists(st.integers(0, 3 * unit), min_size=heads, max_size=heads)))
+    recent = torch.tensor(draw(st.lists(st.integers(1, 3 * unit), min_size=heads, max_size=heads)))
+    extra = torch.tensor(draw(st.lists(st.integers(0, 20 * unit), min_size=heads, max_size=heads)))
+    # Few values, so that ties are common.
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-30, torch.nan, torch.inf, -torch.inf])
+    scores = values[
+        torch.randint(8, (rows, heads, 41), generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    ]
+    bounds = torch.stack([sink, recent, sink + recent + extra])
+    slots = draw(st.integers(1, 25))
+    assert_same(*(select(f, scores, lengths, bounds, slots, unit) for f in (ops.select_units, reference.select_units)))
+
+
+def test_ties_go_to_the_lower_unit() -> None:
+    scores = torch.zeros(1, 1, 64)
+    selection = select(ops.select_units, scores, [64 * 16], torch.tensor([[32], [16], [32 + 16 + 5 * 16]]), 64, 16)
+    assert selection.units[0, 0, :5].tolist() == [2, 3, 4, 5, 6]
+    assert selection.spans[0, 0].tolist() == [32, 63 * 16]
+
+
+def test_nan_is_the_lowest_score() -> None:
+    scores = torch.tensor([[[torch.nan, -5.0, torch.nan, -torch.inf, 3.0, 0.0]]])
+    selection = select(ops.select_units, scores, [6], torch.tensor([[0], [1], [4]]), 8, 1)
+    assert selection.units[0, 0, :3].tolist() == [0, 1, 4]
+
+
+def test_large_rows_and_strided_scores() -> None:
+    scores = torch.randn(3, 8, 40000, generator=torch.Generator().manual_seed(0))[:, ::2, :33000]
+    bounds = torch.tensor([[4] * 4, [64] * 4, [1024, 2048, 128, 30000]])
+    pair = (select(f, scores, [32768, 1000, 0], bounds, 4000, 1) for f in (ops.select_units, reference.select_units))
+    assert_same(*pair)
+
+
+def test_short_rows_are_selected_whole() -> None:
+    scores = torch.full((2, 1, 10), torch.nan)
+    selection = select(ops.select_units, scores, [0, 100], torch.tensor([[4], [8], [100]]), 4, 32)
+    assert selection.spans.tolist() == [[[0, 0]], [[100, 100]]] and selection.count.tolist() == [[0], [0]]
+
+
+def test_scores_must_hold_the_longest_row() -> None:
+    with pytest.raises(RuntimeError, match="too small"):
+        select(ops.select_units, torch.zeros(1, 1, 3), [100], torch.tensor([[4], [8], [64]]), 4, 32)
