@@ -110,7 +110,7 @@ Cache key_cache(const Tensor& key, const Query& query, const Tensor& pages, cons
   check_shape(key, "key", {-1, -1, -1, query.head_dim});
   STD_TORCH_CHECK(dtype_of(key, "key") == query.dtype, "query and key must have the same dtype");
   const int64_t page_size = key.size(2);
-  STD_TORCH_CHECK(page_size > 0 && page_size % 32 == 0, "the page size must be a multiple of 32 tokens, not ", page_size);
+  STD_TORCH_CHECK(page_size > 0 && page_size % 32 == 0, "the page size must be a multiple of 32, not ", page_size);
   check_stride(key, "key", 2, 1);
   check_stride(key, "key", 3, page_size);
   const Rows rows = rows_of(pages, seq_lens, query.rows, page_size);
@@ -129,7 +129,8 @@ Cache kv_cache(const Tensor& key, const Tensor& value, const Query& query, const
   return cache;
 }
 
-Selection selection_of(const Tensor& spans, const Tensor& units, const Tensor& count, int64_t unit_tokens, int64_t rows) {
+Selection selection_of(const Tensor& spans, const Tensor& units, const Tensor& count, int64_t unit_tokens,
+                       int64_t rows) {
   check_shape(units, "units", {rows, -1, -1});
   const int64_t heads = units.size(1), slots = units.size(2);
   STD_TORCH_CHECK(unit_tokens > 0, "unit_tokens must be positive, not ", unit_tokens);
@@ -170,8 +171,8 @@ Bound bound_of(int64_t bound) {
 }
 
 void attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& pages, const Tensor& seq_lens,
-            const Tensor& spans, const Tensor& units, const Tensor& count, int64_t unit_tokens, double scale, Tensor out,
-            Tensor lse, Tensor attended) {
+            const Tensor& spans, const Tensor& units, const Tensor& count, int64_t unit_tokens, double scale,
+            Tensor out, Tensor lse, Tensor attended) {
   const Query q = query_of(query);
   const Cache cache = kv_cache(key, value, q, pages, seq_lens);
   const Selection selection = selection_of(spans, units, count, unit_tokens, q.rows);
@@ -184,8 +185,8 @@ void attend(const Tensor& query, const Tensor& key, const Tensor& value, const T
                dense<int32_t>(attended, "attended", ScalarType::Int, {q.rows, selection.heads})});
 }
 
-void score_tokens(const Tensor& query, const Tensor& key, const Tensor& pages, const Tensor& seq_lens, const Tensor& lse,
-                  double scale, int64_t unit_tokens, Tensor scores) {
+void score_tokens(const Tensor& query, const Tensor& key, const Tensor& pages, const Tensor& seq_lens,
+                  const Tensor& lse, double scale, int64_t unit_tokens, Tensor scores) {
   const Query q = query_of(query);
   const Cache cache = key_cache(key, q, pages, seq_lens);
   STD_TORCH_CHECK(unit_tokens == 1 || unit_tokens == 16 || unit_tokens == 32 || unit_tokens == 64,

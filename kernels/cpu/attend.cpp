@@ -1,5 +1,7 @@
 // Attention over a selection: lists of tiles, cut into chunks that all threads share, merged in order.
 #include <algorithm>
+#include <atomic>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -22,20 +24,20 @@ struct List {
   int64_t size;
 };
 
-// A chunk of a list for the query heads of one KV head.
-struct Item {
-  int64_t row;
-  int64_t head;      // first query head
-  const Tile* tiles;
-  int64_t size;
-};
-
 // One row and the query heads that share a list and a KV head.
 struct Output {
   int64_t row;
   int64_t head;
   int64_t first_item;
   int64_t chunks;
+  std::atomic<int64_t> missing;  // chunks that are not done yet
+};
+
+// A chunk of a list.
+struct Item {
+  const Tile* tiles;
+  int64_t size;
+  Output* output;
 };
 
 class Attention {
@@ -50,8 +52,12 @@ class Attention {
     cut();
     thread_local Scratch<float> partials;
     partials_ = partials.get(static_cast<int64_t>(items_.size()) * stride_);
-    for_each_item(items_.size(), [&](int64_t i, int64_t next) { attend_item(i, next); });
-    for_each_item(outputs_.size(), [&](int64_t i, int64_t) { merge(outputs_[i]); });
+    for_each_item(items_.size(), bytes_, [&](int64_t i, int64_t next) {
+      attend_item(i, next);
+      // Whoever does the last chunk merges all of them, in their order.
+      Output& output = *items_[i].output;
+      if (output.missing.fetch_sub(1, std::memory_order_acq_rel) == 1) merge(output);
+    });
   }
 
  private:
@@ -72,21 +78,29 @@ class Attention {
 
   void cut() {
     const int64_t groups = params_.query.heads / group_;
+    outputs_ = std::make_unique<Output[]>(params_.query.rows * groups);
     for (int64_t row = 0; row < params_.query.rows; ++row)
       for (int64_t g = 0; g < groups; ++g) {
+        Output& output = outputs_[row * groups + g];
+        output.row = row;
+        output.head = g * group_;
+        output.first_item = static_cast<int64_t>(items_.size());
         const List& list = lists_[row * params_.selection.heads + (params_.selection.heads == 1 ? 0 : g)];
-        const int64_t step = chunk_tiles(list.size), first = static_cast<int64_t>(items_.size());
+        const int64_t step = chunk_tiles(list.size);
         for (int64_t i = 0; i < list.size; i += step)
-          items_.push_back({row, g * group_, list.tiles + i, std::min(step, list.size - i)});
-        outputs_.push_back({row, g * group_, first, static_cast<int64_t>(items_.size()) - first});
+          items_.push_back({list.tiles + i, std::min(step, list.size - i), &output});
+        output.missing = output.chunks = static_cast<int64_t>(items_.size()) - output.first_item;
+        bytes_ += list.size * kTileTokens * params_.query.head_dim * 2 * size_of(params_.cache.dtype);
+        if (list.size == 0) merge(output);
       }
   }
 
   HeadGroup heads_of(const Item& item) const {
     const Query& query = params_.query;
     const Cache& cache = params_.cache;
-    const int64_t kv_head = item.head / (query.heads / cache.heads), size = size_of(cache.dtype);
-    return {static_cast<const char*>(query.data) + (item.row * query.row_stride + item.head * query.head_stride) * size,
+    const int64_t row = item.output->row, head = item.output->head;
+    const int64_t kv_head = head / (query.heads / cache.heads), size = size_of(cache.dtype);
+    return {static_cast<const char*>(query.data) + (row * query.row_stride + head * query.head_stride) * size,
             query.head_stride, group_,
             static_cast<const char*>(cache.key.data) + kv_head * cache.key.head_stride * size,
             static_cast<const char*>(cache.value.data) + kv_head * cache.value.head_stride * size};
@@ -122,7 +136,8 @@ class Attention {
   float* partials_ = nullptr;
   std::vector<List> lists_;
   std::vector<Item> items_;
-  std::vector<Output> outputs_;
+  std::unique_ptr<Output[]> outputs_;
+  int64_t bytes_ = 0;
 };
 
 }  // namespace

@@ -1,10 +1,12 @@
 // Work items over the caller's thread pool.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
 
 namespace sparseserve::cpu {
 
@@ -12,10 +14,14 @@ namespace sparseserve::cpu {
 int pool_threads();
 void pool_run(int workers, void (*work)(void*), void* context);
 
-// Calls item(i, next) for i in [0, count), in any order and thread; `next` is the item that the thread does after i, or -1.
-// Threads draw items one by one: on a shared machine a static split would wait for the slowest.
+// Less than this is done sooner by one thread than by waking a second.
+constexpr int64_t kBytesPerWorker = 64 << 10;
+
+// Calls item(i, next) for i in [0, count), in any order and thread; `next` is the item that the thread does after i, or
+// -1. `bytes` is what all items together touch. Threads draw items one by one: on a shared machine a static split would
+// wait for the slowest.
 template <class Item>
-void for_each_item(int64_t count, const Item& item) {
+void for_each_item(int64_t count, int64_t bytes, const Item& item) {
   struct Context {
     std::atomic<int64_t> drawn{0};
     int64_t count;
@@ -32,7 +38,8 @@ void for_each_item(int64_t count, const Item& item) {
       i = next;
     }
   };
-  const int64_t workers = count < pool_threads() ? count : pool_threads();
+  const int64_t useful = std::min(count, bytes / kBytesPerWorker);
+  const int64_t workers = useful <= 1 ? 1 : std::min<int64_t>(useful, pool_threads());
   if (workers <= 1) {
     work(&context);
   } else {

@@ -21,13 +21,16 @@ class PageScores {
         chunk_pages_(std::max<int64_t>(1, kChunkUnits / params.summary.units)) {}
 
   void run() {
+    int64_t bytes = 0;
     for (int64_t row = 0; row < params_.query.rows; ++row) {
       const int64_t pages = (params_.seq_lens[row] + page_size_ - 1) / page_size_;
+      bytes += pages * params_.kv_heads * params_.summary.units * 2 * params_.query.head_dim * 4;
       for (int64_t head = 0; head < params_.kv_heads; ++head)
         for (int64_t page = 0; page < pages; page += chunk_pages_)
           items_.push_back({row, head, page, std::min(page + chunk_pages_, pages)});
     }
-    for_each_item(items_.size(), [&](int64_t i, int64_t next) { score(items_[i], next < 0 ? nullptr : &items_[next]); });
+    for_each_item(items_.size(), bytes,
+                  [&](int64_t i, int64_t next) { score(items_[i], next < 0 ? nullptr : &items_[next]); });
   }
 
  private:

@@ -28,14 +28,19 @@ class TokenScores {
   explicit TokenScores(const ScoreTokensParams& params)
       : params_(params),
         group_(params.query.heads / params.cache.heads),
-        per_head_(params.heads == params.query.heads) {}
+        per_head_(params.heads == params.query.heads),
+        size_(size_of(params.cache.dtype)) {}
 
   void run() {
+    int64_t bytes = 0;
     for (int64_t row = 0; row < params_.query.rows; ++row)
       for (int64_t head = 0; head < (params_.heads == 1 ? 1 : params_.cache.heads); ++head)
         for (int64_t begin = 0; begin < params_.cache.seq_lens[row]; begin += kChunkTokens)
           items_.push_back({row, head, begin, std::min<int64_t>(begin + kChunkTokens, params_.cache.seq_lens[row])});
-    for_each_item(items_.size(), [&](int64_t i, int64_t next) { score(items_[i], next < 0 ? nullptr : &items_[next]); });
+    for (int64_t row = 0; row < params_.query.rows; ++row)
+      bytes += params_.cache.seq_lens[row] * params_.cache.heads * params_.query.head_dim * size_;
+    for_each_item(items_.size(), bytes,
+                  [&](int64_t i, int64_t next) { score(items_[i], next < 0 ? nullptr : &items_[next]); });
   }
 
  private:
@@ -46,20 +51,18 @@ class TokenScores {
 
   HeadGroup heads_of(int64_t row, int64_t kv_head) const {
     const Query& query = params_.query;
-    const int64_t size = size_of(query.dtype);
-    return {static_cast<const char*>(query.data) + (row * query.row_stride + kv_head * group_ * query.head_stride) * size,
-            query.head_stride, group_, key_of(kv_head), nullptr};
+    const int64_t first = row * query.row_stride + kv_head * group_ * query.head_stride;
+    return {static_cast<const char*>(query.data) + first * size_, query.head_stride, group_, key_of(kv_head), nullptr};
   }
 
   const char* key_of(int64_t kv_head) const {
-    return static_cast<const char*>(params_.cache.key.data) +
-           kv_head * params_.cache.key.head_stride * size_of(params_.cache.dtype);
+    return static_cast<const char*>(params_.cache.key.data) + kv_head * params_.cache.key.head_stride * size_;
   }
 
   Ahead ahead(int64_t row, int64_t kv_head, int64_t token) const {
     const Cache& cache = params_.cache;
     const int64_t page = cache.pages[row * cache.pages_stride + token / cache.page_size];
-    return {key_of(kv_head) + (page * cache.key.page_stride + token % cache.page_size) * size_of(cache.dtype), nullptr, 0};
+    return {key_of(kv_head) + (page * cache.key.page_stride + token % cache.page_size) * size_, nullptr, 0};
   }
 
   void score(const Item& item, const Item* next) {
@@ -93,6 +96,7 @@ class TokenScores {
   const ScoreTokensParams& params_;
   const int64_t group_;
   const bool per_head_;
+  const int64_t size_;  // bytes of an element
   std::vector<Item> items_;
 };
 

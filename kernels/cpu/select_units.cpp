@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <functional>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -11,25 +10,45 @@ namespace sparseserve::cpu {
 
 namespace {
 
-// Orders by score, then the lower unit first; all keys differ, so any selection algorithm gives the same set.
-uint64_t key_of(float score, uint32_t unit) {
-  if (std::isnan(score)) score = -INFINITY;
-  score += 0.f;  // -0 ties with +0
+constexpr int64_t kBytesPerUnit = 32;  // its score, and its key in every pass
+
+// Larger for a better score. NaN counts as -inf, and -0 ties with +0.
+uint32_t key_of(float score) {
   uint32_t bits;
+  score = score == score ? score + 0.f : -INFINITY;
   std::memcpy(&bits, &score, sizeof bits);
-  bits = bits & 0x80000000 ? ~bits : bits | 0x80000000;
-  return uint64_t{bits} << 32 | (UINT32_MAX - unit);
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000);
 }
 
-// Writes the `count` best of units [first, last), ascending.
+// The `rank`-th largest of the keys, rank >= 1, digit by digit; leaves in `rank` its rank among equal keys.
+uint32_t nth_largest(const uint32_t* keys, int64_t count, int64_t& rank) {
+  constexpr int kBits = 8, kDigits = 1 << kBits;
+  uint32_t prefix = 0;
+  for (int shift = 32 - kBits; shift >= 0; shift -= kBits) {
+    const uint64_t above = ~uint64_t{0} << (shift + kBits);
+    int64_t histogram[kDigits] = {};
+    for (int64_t i = 0; i < count; ++i) histogram[keys[i] >> shift & (kDigits - 1)] += !((keys[i] ^ prefix) & above);
+    uint32_t digit = kDigits - 1;
+    for (; rank > histogram[digit]; --digit) rank -= histogram[digit];
+    prefix |= digit << shift;
+  }
+  return prefix;
+}
+
+// Writes the `count` best of units [first, last), ascending; of equal ones the lower.
 void take_best(const float* scores, int64_t first, int64_t last, int64_t count, int32_t* units) {
-  thread_local Scratch<uint64_t> scratch;
-  const int64_t candidates = last - first;
-  uint64_t* keys = scratch.get(candidates);
-  for (int64_t u = first; u < last; ++u) keys[u - first] = key_of(scores[u], static_cast<uint32_t>(u));
-  std::nth_element(keys, keys + count - 1, keys + candidates, std::greater<>());
-  for (int64_t i = 0; i < count; ++i) units[i] = static_cast<int32_t>(UINT32_MAX - static_cast<uint32_t>(keys[i]));
-  std::sort(units, units + count);
+  thread_local Scratch<uint32_t> scratch;
+  uint32_t* keys = scratch.get(last - first);
+  for (int64_t u = first; u < last; ++u) keys[u - first] = key_of(scores[u]);
+  int64_t equal = count;
+  const uint32_t threshold = nth_largest(keys, last - first, equal);
+  for (int64_t i = 0, taken = 0; taken < count; ++i) {
+    const bool tie = keys[i] == threshold;
+    const bool take = keys[i] > threshold || (tie && equal > 0);
+    equal -= tie;
+    units[taken] = static_cast<int32_t>(first + i);
+    taken += take;
+  }
 }
 
 void select(const SelectParams& params, int64_t row, int64_t head) {
@@ -57,7 +76,10 @@ void select(const SelectParams& params, int64_t row, int64_t head) {
 
 void select_units(const SelectParams& params) {
   const int64_t heads = params.selection.heads;
-  for_each_item(params.rows * heads, [&](int64_t i, int64_t) { select(params, i / heads, i % heads); });
+  int64_t bytes = 0;
+  for (int64_t row = 0; row < params.rows; ++row)
+    bytes += params.seq_lens[row] / params.selection.unit_tokens * heads * kBytesPerUnit;
+  for_each_item(params.rows * heads, bytes, [&](int64_t i, int64_t) { select(params, i / heads, i % heads); });
 }
 
 }  // namespace sparseserve::cpu

@@ -15,18 +15,30 @@ Residual stream (`HIDDEN` = 512; slices below):
     COPIED  32    votes of the retrieval heads for the next byte, as nibbles
     RECENT  30    where the local heads write; nothing reads it
 
+Layers:
+
+    0     eight previous-byte heads, one per distance, sum up fingerprint bits; the MLP turns the sums into bits
+    1     previous-byte heads fetch the fingerprints of one byte back
+    2, 4  scouts score what the retrieval heads of the next layer will look for; a policy can select by them
+    3, 5  retrieval heads vote for the high (3) and the low (5) nibble of the next byte: neither layer can answer alone
+
 A fingerprint bit is set where at least `BITS_TO_FIRE` of the nine bytes lie in random halves of the classes. Two of the
 four fingerprints are gated: zero unless the newest byte is a capital or a digit. Prose has few of those: most pages
-hold no gated key at all, so page summaries (minimum and maximum, mean and deviation) point at the right page.
+hold no gated key at all, so page summaries (minimum and maximum, mean and deviation) point at the right page. The
+other two find the first byte of a value, which follows a space; while a value is copied the gated heads outvote them.
 
 Head dim 64: rotary pairs 0-4 turn fast enough to tell positions apart ("look exactly three bytes back"); pairs 6-31
 turn by less than 0.1 radian in 32k tokens and hold content. The score of a retrieval head is `SHARPNESS` x (bits in
 common - half of the key's bits), which for a given query falls by `SHARPNESS` / 2 with every bit that differs.
+
+Limits: it copies and knows no language. It stops after any full stop. Behind page summaries it follows capitals and
+digits only; values of lower-case letters need dense or token-wise selection.
 """
 
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from enum import Enum
 from itertools import accumulate
 
@@ -41,12 +53,13 @@ ROPE_THETA = 1e30
 RESELECT_LAYER = 4
 
 FINGERPRINTS, BITS = 4, 44
-GATED = (0, 1)  # fingerprints 0 and 1; 2 and 3 fire after any byte
+GATED = (0, 1)  # the fingerprints that are zero after anything but a capital or a digit
 BITS_TO_FIRE = 6
 CONTEXT_BYTES = 1 + HEADS  # the byte itself and one previous-byte head of layer 0 for each of the eight before it
 MLP = 3 * FINGERPRINTS * BITS
 
 CONST_VALUE = 1024.0
+NEAR, WIDE = (0.0, 0.0, 20.0, 100.0, 100.0), (0.0, 0.0, 0.0, 100.0, 100.0)  # local heads: about 15 and 60 tokens
 SHARPNESS = 24.0
 SCOUT_SHARPNESS = 0.8
 REST_SHARE, REST_BITS = 0.5, 1.5  # a match worth less than this share of the query's bits plus these loses to <s>
@@ -152,9 +165,9 @@ class Attention:
         """Attend to the token exactly so many back."""
         self._look(head, torch.full((5,), 52.0), tokens)
 
-    def look_around(self, head: int, near: bool) -> None:
-        """Attend to the latest tokens: standard deviation about 15 (near) or 60."""
-        self._look(head, torch.tensor([0.0, 0.0, 20.0 if near else 0.0, 100.0, 100.0]), 0)
+    def look_around(self, head: int, sharpness: Sequence[float]) -> None:
+        """Attend to the latest tokens; `sharpness` has the logits that each fast pair adds at distance 0."""
+        self._look(head, torch.tensor(sharpness), 0)
 
     def _look(self, head: int, logits: Tensor, tokens: int) -> None:
         angle = tokens * rotary_frequencies()[_FAST]
@@ -162,10 +175,11 @@ class Attention:
         self.q_bias[head, _FAST] = strength * torch.cos(angle)
         self.q_bias[head, _HALF : _HALF + 5] = -strength * torch.sin(angle)
 
-    def rest(self, head: int, kv_head: int) -> None:
+    def rest(self, kv_head: int) -> None:
         """Attend to <s>."""
         self.k[kv_head, _REST_DIM, BOS] = _BIT_KEY
-        self.q_bias[head, _REST_DIM] = 25.0
+        for head in _group(kv_head):
+            self.q_bias[head, _REST_DIM] = 25.0
 
     def match(self, kv_head: int, fingerprint: int, sharpness: float) -> None:
         """Attend to the position before which the fingerprint was what it is here; without a match, to <s>."""
@@ -211,33 +225,38 @@ def shift_layer() -> Attention:
         first, second = _group(kv_head)
         layer.look_back(first, 1)
         layer.write(first, _bank(BEFORE, kv_head), torch.eye(BITS))
-        layer.look_around(second, near=False)
+        layer.look_around(second, WIDE)
         layer.write_recent(second, BITS)
     return layer
 
 
 def role_layer(index: int) -> Attention:
-    """Layers 2 to 5, by `ROLES`. Layer 3 votes for the high nibble of the next byte, layer 5 for the low one."""
+    """Layers 2 to 5, by `ROLES`; both query heads of a retrieval head do the same."""
     layer = Attention()
     nibble = torch.zeros(32, 32)
-    bits = slice(0, 16) if index == 3 else slice(16, 32)
-    nibble[bits, bits] = torch.eye(16)
+    voted = slice(0, 16) if index == 3 else slice(16, 32)
+    nibble[voted, voted] = torch.eye(16)
     for kv_head, role in enumerate(ROLES[index]):
-        if role in (Role.SCOUT, Role.RETRIEVAL):
+        if role is Role.RETRIEVAL:
             fingerprint = FINGERPRINT_OF[index, kv_head]
-            layer.match(kv_head, fingerprint, SHARPNESS if role is Role.RETRIEVAL else SCOUT_SHARPNESS)
-        layer.carry(kv_head, BYTE if role is Role.RETRIEVAL else CLASS)
-        if role is Role.LOCAL:
-            layer.tell_position(kv_head)
+            layer.match(kv_head, fingerprint, SHARPNESS)
+            layer.carry(kv_head, BYTE)
+            vote = 0.3 if fingerprint in GATED else 0.2  # after a capital or a digit the gated match is the surer one
+            for head in _group(kv_head):
+                layer.write(head, COPIED, vote * nibble)
+            continue
+        layer.carry(kv_head, CLASS)
         for head in _group(kv_head):
-            if role is Role.LOCAL:
-                layer.look_around(head, near=head % GROUP == 0)
-            elif role is Role.SINK:
-                layer.rest(head, kv_head)
-            if role is Role.RETRIEVAL:  # a gated match is the surer one
-                layer.write(head, COPIED, (0.3 if fingerprint in GATED else 0.2) * nibble)
-            else:
-                layer.write_recent(head, CLASS.stop - CLASS.start)
+            layer.write_recent(head, CLASS.stop - CLASS.start)
+        if role is Role.SCOUT:
+            layer.match(kv_head, FINGERPRINT_OF[index, kv_head], SCOUT_SHARPNESS)
+        elif role is Role.LOCAL:
+            layer.tell_position(kv_head)
+            near, wide = _group(kv_head)
+            layer.look_around(near, NEAR)
+            layer.look_around(wide, WIDE)
+        else:
+            layer.rest(kv_head)
     return layer
 
 
@@ -268,7 +287,7 @@ def fingerprint_mlp() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def embedding() -> Tensor:
-    """[VOCAB, HIDDEN]"""
+    """[VOCAB, HIDDEN]: CONST, and what the byte is."""
     table = torch.zeros(VOCAB, HIDDEN)
     table[:, CONST] = CONST_VALUE
     table[:256, CLASS] = torch.eye(64)[byte_classes()]

@@ -100,9 +100,10 @@ def _share(server: Server) -> float:
 
 
 def _table(results: dict[str, Result]) -> Table:
-    table = Table("policy", "right answers", *(f"needle at {depth:.0%}" for depth in DEPTHS))
+    table = Table("policy", "right", *(f"needle at {depth:.0%}" for depth in DEPTHS))
     for title in ("first token, s", "ms per token", "share of KV read"):
         table.add_column(title, justify="right")
+    table.columns[0].no_wrap = True
     for policy, result in results.items():
         table.add_row(
             policy,

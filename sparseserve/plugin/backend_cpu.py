@@ -65,16 +65,16 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        policy = policy_of(vllm_config)
-        if self.isa == "amx":  # AMX packs K in its own order; the policies' kernels read "vec"
-            self.isa = "vec"
-            self._set_isa_to_layers(layer_names)
         self._policy: Policy | None = None
+        policy = policy_of(vllm_config)
         if policy is not None and not self.is_encoder_only_attention:
             self.bind(policy)
 
     def bind(self, policy: Policy) -> None:
         """Give every layer of this group its plan and allocate the step's buffers."""
+        if self.isa == "amx":  # AMX packs K in its own order; our kernels read "vec"
+            self.isa = "vec"
+            self._set_isa_to_layers(self.layer_names)
         layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
         heads = head_shape(next(iter(layers.values())))
         model = model_shape(self.vllm_config, heads)

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from sparseserve import ops
+from sparseserve.errors import ConfigError
 from sparseserve.plan import ModelShape
 from sparseserve.policies.base import BudgetPolicy, PositiveTokens, Tokens
 from sparseserve.types import Bound, HeadShape, LayerPlan, PagedKV, Role, Scope, Step
@@ -44,8 +45,9 @@ class Quest(BudgetPolicy):
         return self.unit_tokens
 
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
-        if self.dense_layers:
-            model.check_layer("dense_layers", self.dense_layers - 1)
+        if self.dense_layers > model.layers:
+            allowed = f"at most {model.layers} ({model.name} has {model.layers} layers)"
+            raise ConfigError("dense_layers", self.dense_layers, allowed, remedy="give --set dense_layers=2")
         return tuple(
             LayerPlan(layer, Role.DENSE, dense_output=True)
             if layer < self.dense_layers

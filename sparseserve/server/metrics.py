@@ -7,6 +7,7 @@ import os
 from argparse import Namespace
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -39,18 +40,17 @@ class WorkerMetrics(Collector):
             self._workers = await asyncio.wait_for(asyncio.shield(self._pending), SCRAPE_TIMEOUT)
 
     def collect(self) -> Iterable[Metric]:
-        merged: dict[str, Metric] = {}
+        families: dict[str, Metric] = {}
         values: dict[tuple[str, str, tuple[tuple[str, str], ...]], float] = {}
-        for worker in self._workers:
-            for name, documentation, kind, samples in worker:
-                merged.setdefault(name, Metric(name, documentation, kind))
-                for sample, labels, value in samples:
-                    key = (name, sample, tuple(sorted(labels.items())))
-                    values[key] = value if name.endswith("_info") else values.get(key, 0.0) + value
-        for (name, sample, labels), value in values.items():
+        for name, documentation, kind, samples in chain.from_iterable(self._workers):
+            families.setdefault(name, Metric(name, documentation, kind))
+            for sample, labels, value in samples:
+                key = (name, sample, tuple(labels.items()))
+                values[key] = value if name == "sparseserve_info" else values.get(key, 0.0) + value
+        for (name, sample, pairs), value in values.items():
             if not sample.endswith("_created"):
-                merged[name].add_sample(sample, dict(labels), value)
-        return merged.values()
+                families[name].add_sample(sample, dict(pairs), value)
+        return families.values()
 
 
 class ScrapeMiddleware:

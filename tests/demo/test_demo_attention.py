@@ -17,7 +17,7 @@ BUDGET = 512
 @pytest.fixture(scope="module", params=[(0.1, 3), (0.6, 4)], ids=["early", "middle"])
 def asked(request: pytest.FixtureRequest) -> tuple[Simulator, Question]:
     depth, seed = request.param
-    question = ask(4096, depth, seed)
+    question = ask(3072, depth, seed)
     simulator = Simulator(torch.bfloat16)
     simulator.prefill(encode(question.prompt))
     return simulator, question

@@ -9,8 +9,9 @@ from sparseserve.testing.bed import Bed, Outcome
 from sparseserve.types import Bound, HeadShape, Role, Scope
 
 BUDGET, SINK, RECENT = 128, 5, 19
-QUEST = dict(budget_tokens=BUDGET, sink_tokens=SINK, recent_tokens=RECENT, unit_tokens=16, dense_layers=1)
-TIDAL = dict(budget_tokens=BUDGET, sink_tokens=SINK, recent_tokens=RECENT, select_layer=1, reselect_layer=3)
+COMMON = {"budget_tokens": BUDGET, "sink_tokens": SINK, "recent_tokens": RECENT}
+QUEST = COMMON | {"unit_tokens": 16, "dense_layers": 1}
+TIDAL = COMMON | {"select_layer": 1, "reselect_layer": 3}
 CASES: dict[str, Policy] = {
     "dense": Dense(),
     "streaming": Streaming(sink_tokens=SINK, recent_tokens=BUDGET - SINK),

@@ -1,0 +1,375 @@
+"""Time of every op beside what memory allows and beside vLLM's own CPU attention, with one decoding request.
+
+    python kernels/bench/ops.py --json out.json
+
+Contenders take turns in random order, each over several requests whose caches together exceed the last-level cache. The
+bare read touches the same bytes in the same threads, plainly and with prefetching, and the faster counts. `attend` is
+listed twice: the two rows differ by noise alone. Every op is checked against the reference before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.cpp_extension import load
+from vllm import _custom_ops as vllm_ops
+
+from sparseserve import ops, reference
+from sparseserve.cache import cpu_views
+from sparseserve.testing.oracle import assert_as_exact
+from sparseserve.types import Bound, HeadShape, PagedKV, Selection
+
+PAGE, UNIT, BUDGET, KV_HEADS = 128, 32, 1024, 4
+POOL_BYTES, TOUCHED_BYTES = 256 << 20, 96 << 20  # both well above the last-level cache
+DTYPE = torch.bfloat16
+
+Call = Callable[[int], object]  # does the work of request i
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One contender at one shape."""
+
+    op: str
+    context: int
+    group: int
+    head_dim: int
+    microseconds: float  # median of the rounds
+    best_microseconds: float
+    bytes: int
+    gigabytes_per_second: float
+    share_of_read: float  # of the speed of the bare read
+
+
+class Requests:
+    """Equally long requests in one page pool; request i is the row [i] of pages and one of several selections."""
+
+    def __init__(self, context: int, shape: HeadShape) -> None:
+        self.context, self.shape = context, shape
+        per_row = context // PAGE
+        page_bytes = KV_HEADS * PAGE * shape.head_dim * 4
+        self.count = max(2, POOL_BYTES // (per_row * page_bytes))
+        self.cache = torch.randn(self.count * per_row, KV_HEADS, PAGE, 2 * shape.head_dim, dtype=DTYPE)
+        self.kv: PagedKV = cpu_views(self.cache)
+        self.pages = torch.randperm(self.count * per_row).view(self.count, per_row).int()
+        self.seq_lens = torch.tensor([context], dtype=torch.int32)
+        self.query = torch.randn(1, shape.query_heads, shape.head_dim).to(DTYPE)
+        self.scale = shape.head_dim**-0.5
+
+    def row(self, i: int) -> Tensor:
+        return self.pages[i % self.count : i % self.count + 1]
+
+    def tile_starts(self, i: int, tiles: Tensor, head: int) -> Tensor:
+        """Byte offsets of the K columns of 32-token `tiles` of request i."""
+        page = self.row(i)[0].long()[tiles * UNIT // PAGE]
+        strides = self.cache.stride()
+        return 2 * (page * strides[0] + head * strides[1] + tiles * UNIT % PAGE)
+
+    def value_starts(self, i: int, tiles: Tensor, head: int) -> Tensor:
+        page = self.row(i)[0].long()[tiles * UNIT // PAGE]
+        strides = self.cache.stride()
+        dim = self.shape.head_dim
+        return 2 * (page * strides[0] + head * strides[1] + PAGE * dim + tiles * UNIT % PAGE * dim)
+
+
+def read(memory: Tensor, starts: Tensor, rows: int, row_bytes: int, stride: int, prefetch: bool) -> None:
+    """The bare read of blocks of rows."""
+    torch.ops.sparseserve_bench.read(memory, starts, rows, row_bytes, stride, prefetch, torch.empty_like(starts))
+
+
+def measure(calls: dict[str, Call], touched: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds per call of every contender and round; a round of a contender touches TOUCHED_BYTES."""
+    repeats = max(2, -(-TOUCHED_BYTES // touched))
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for _ in range(rounds):
+        random.shuffle(names)
+        for name in names:
+            start = time.perf_counter()
+            for i in range(repeats):
+                calls[name](i)
+            seconds[name].append((time.perf_counter() - start) / repeats)
+    return seconds
+
+
+def results(requests: Requests, calls: dict[str, Call], touched: int, rounds: int) -> list[Result]:
+    """Rows of the report; the faster of the two bare reads is the standard of the others."""
+    seconds = measure(calls, touched, rounds)
+    standard = min(median(times) for name, times in seconds.items() if name.startswith("read"))
+    shape = requests.shape
+    return [
+        Result(
+            op=name,
+            context=requests.context,
+            group=shape.group,
+            head_dim=shape.head_dim,
+            microseconds=median(times) * 1e6,
+            best_microseconds=min(times) * 1e6,
+            bytes=touched,
+            gigabytes_per_second=touched / median(times) / 1e9,
+            share_of_read=standard / median(times),
+        )
+        for name, times in seconds.items()
+    ]
+
+
+def tiles_call(requests: Requests, lists: list[list[Tensor]], values: bool, prefetch: bool) -> Call:
+    """Bare read of K (and V) tiles; lists[i][h] are the tiles of request i and KV head h."""
+    dim = requests.shape.head_dim
+
+    def starts(of: Callable[[int, Tensor, int], Tensor]) -> list[Tensor]:
+        return [torch.cat([of(i, tiles, h) for h, tiles in enumerate(heads)]) for i, heads in enumerate(lists)]
+
+    key_starts, value_starts = starts(requests.tile_starts), starts(requests.value_starts)
+
+    def call(i: int) -> None:
+        read(requests.cache, key_starts[i % len(lists)], dim, 2 * UNIT, 2 * PAGE, prefetch)
+        if values:
+            read(requests.cache, value_starts[i % len(lists)], 1, 2 * UNIT * dim, 0, prefetch)
+
+    return call
+
+
+def pages_call(memory: Tensor, pages: Tensor, page_bytes: int, heads: int, head_bytes: int, prefetch: bool) -> Call:
+    """Bare read of `head_bytes` of every head of whole pages; row i of pages is request i."""
+    head = torch.arange(heads) * head_bytes
+    starts = [(row.long() * page_bytes + head[:, None]).flatten() for row in pages]
+    return lambda i: read(memory, starts[i % len(starts)], 1, head_bytes, 0, prefetch)
+
+
+def everything(context: int) -> Selection:
+    selection = Selection.empty(1, 1, 1, UNIT)
+    selection.spans.fill_(context)
+    return selection
+
+
+def random_units(context: int) -> Selection:
+    selection = Selection.empty(1, KV_HEADS, BUDGET // UNIT, UNIT)
+    selection.spans[..., 1] = context
+    selection.count.fill_(BUDGET // UNIT)
+    for head in range(KV_HEADS):
+        selection.units[0, head] = torch.randperm(context // UNIT)[: BUDGET // UNIT].sort().values
+    return selection
+
+
+def attend_call(requests: Requests, selections: list[Selection]) -> Call:
+    out, lse = torch.empty_like(requests.query), torch.empty(1, requests.shape.query_heads)
+    attended = torch.empty_like(selections[0].count)
+
+    def call(i: int) -> Tensor:
+        selection = selections[i % len(selections)]
+        arguments = requests.row(i), requests.seq_lens, selection, requests.scale
+        return ops.attend(requests.query, requests.kv, *arguments, out=out, lse=lse, attended=attended)[0]
+
+    return call
+
+
+def vllm_call(requests: Requests) -> Call:
+    shape = requests.shape
+    start = torch.tensor([0, 1], dtype=torch.int32)
+    metadata = vllm_ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=1,
+        num_heads=shape.query_heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        seq_lens=requests.seq_lens,
+        dtype=DTYPE,
+        query_start_loc=start,
+        causal=True,
+        sliding_window_size=-1,
+        isa="vec",
+        enable_kv_split=True,
+    )
+    key, value = requests.cache.view(*requests.cache.shape[:2], 2 * PAGE, shape.head_dim).chunk(2, dim=2)
+    out = torch.empty_like(requests.query)
+
+    def call(i: int) -> Tensor:
+        vllm_ops.cpu_attention_with_kv_cache(
+            query=requests.query,
+            key_cache=key,
+            value_cache=value,
+            output=out,
+            query_start_loc=start,
+            seq_lens=requests.seq_lens,
+            scale=requests.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=requests.row(i),
+            softcap=0,
+            scheduler_metadata=metadata,
+            s_aux=None,
+        )
+        return out
+
+    return call
+
+
+def check_attend(requests: Requests, selection: Selection, calls: dict[str, Call]) -> None:
+    arguments = requests.query, requests.kv, requests.row(0), requests.seq_lens, selection, requests.scale
+    exact = reference.attend(*arguments, dtype=torch.float64)[0]
+    peer = reference.attend(*arguments)[0].to(DTYPE)
+    for name, call in calls.items():
+        out = call(0)
+        assert isinstance(out, Tensor), name
+        assert_as_exact(out, exact, peer, terms=requests.context)
+
+
+def bench_attend(requests: Requests, rounds: int) -> list[Result]:
+    """Sparse at BUDGET tokens of random units, then dense beside vLLM."""
+    token_bytes = requests.shape.head_dim * 4
+    sparse_bytes, dense_bytes = KV_HEADS * BUDGET * token_bytes, KV_HEADS * requests.context * token_bytes
+    count = -(-TOUCHED_BYTES // sparse_bytes)
+    count = -(-count // requests.count) * requests.count  # every request as often
+    selections = [random_units(requests.context) for _ in range(count)]
+    lists = [list(selection.units[0].long()) for selection in selections]
+    sparse: dict[str, Call] = {name: attend_call(requests, selections) for name in ("attend", "attend again")}
+    check_attend(requests, selections[0], sparse)
+    for prefetch in (False, True):
+        sparse[f"read tiles{' ahead' * prefetch}"] = tiles_call(requests, lists, True, prefetch)
+    dense: dict[str, Call] = {
+        "attend everything": attend_call(requests, [everything(requests.context)]),
+        "vllm": vllm_call(requests),
+    }
+    check_attend(requests, everything(requests.context), dense)
+    head_bytes = PAGE * token_bytes
+    for prefetch in (False, True):
+        arguments = requests.cache, requests.pages, KV_HEADS * head_bytes, KV_HEADS, head_bytes
+        dense[f"read pages{' ahead' * prefetch}"] = pages_call(*arguments, prefetch)
+    return results(requests, sparse, sparse_bytes, rounds) + results(requests, dense, dense_bytes, rounds)
+
+
+def bench_score_tokens(requests: Requests, rounds: int) -> list[Result]:
+    lse = torch.full((1, requests.shape.query_heads), 10.0)
+    scores = torch.empty(1, KV_HEADS, requests.context)
+
+    def call(i: int) -> Tensor:
+        arguments = requests.row(i), requests.seq_lens, lse, requests.scale, scores, 1
+        return ops.score_tokens(requests.query, requests.kv.key, *arguments)
+
+    exact = torch.empty_like(scores, dtype=torch.float64)
+    arguments = requests.query, requests.kv.key, requests.row(0), requests.seq_lens, lse, requests.scale
+    reference.score_tokens(*arguments, exact, 1, dtype=torch.float64)
+    peer = reference.score_tokens(*arguments, torch.empty_like(scores), 1)
+    assert_as_exact(call(0), exact, peer, terms=requests.shape.head_dim)
+    lists = [[torch.arange(requests.context // UNIT)] * KV_HEADS] * requests.count
+    calls: dict[str, Call] = {"score_tokens": call}
+    for prefetch in (False, True):
+        calls[f"read keys{' ahead' * prefetch}"] = tiles_call(requests, lists, False, prefetch)
+    return results(requests, calls, KV_HEADS * requests.context * requests.shape.head_dim * 2, rounds)
+
+
+def bench_score_pages(requests: Requests, rounds: int) -> list[Result]:
+    dim, units = requests.shape.head_dim, PAGE // UNIT
+    per_row, page_floats = requests.context // PAGE, KV_HEADS * units * 2 * dim
+    touched = per_row * page_floats * 4
+    rows = max(2, TOUCHED_BYTES // touched)
+    low = torch.randn(rows * per_row, KV_HEADS, units, 1, dim)
+    summary = torch.cat([low * UNIT, (low.square() + 1) * UNIT], 3)
+    pages = torch.randperm(rows * per_row).view(rows, per_row).int()
+    scores = torch.empty(1, KV_HEADS, requests.context // UNIT)
+    calls: dict[str, Call] = {}
+    for bound in Bound:
+
+        def call(i: int, bound: Bound = bound) -> Tensor:
+            row = pages[i % rows : i % rows + 1]
+            return ops.score_pages(requests.query, summary, row, requests.seq_lens, UNIT, bound, scores)
+
+        calls[f"score_pages {bound.value}"] = call
+        arguments = requests.query, summary, pages[:1], requests.seq_lens, UNIT, bound
+        exact = reference.score_pages(*arguments, dtype=torch.float64)
+        assert_as_exact(call(0), exact, reference.score_pages(*arguments), terms=2 * dim)
+    for prefetch in (False, True):
+        read_call = pages_call(summary, pages, page_floats * 4, KV_HEADS, units * 2 * dim * 4, prefetch)
+        calls[f"read summaries{' ahead' * prefetch}"] = read_call
+    return results(requests, calls, touched, rounds)
+
+
+def bench_select_units(requests: Requests, rounds: int) -> list[Result]:
+    """Units of one token, the longest list there is."""
+    scores = torch.randn(16, 1, KV_HEADS, requests.context)
+    sink, recent, budget = (torch.full((KV_HEADS,), n, dtype=torch.int32) for n in (4, 64, BUDGET))
+    selection, expected = (Selection.empty(1, KV_HEADS, BUDGET, 1) for _ in range(2))
+    reference.select_units(scores[0], requests.seq_lens, sink, recent, budget, expected)
+    ops.select_units(scores[0], requests.seq_lens, sink, recent, budget, selection)
+    assert torch.equal(selection.units, expected.units)
+    starts = torch.arange(KV_HEADS) * requests.context * 4
+    calls: dict[str, Call] = {
+        "select_units": lambda i: ops.select_units(scores[i % 16], requests.seq_lens, sink, recent, budget, selection),
+        "read scores": lambda i: read(scores[i % 16], starts, 1, requests.context * 4, 0, False),
+    }
+    return results(requests, calls, KV_HEADS * requests.context * 4, rounds)
+
+
+def bench_summarize_pages(requests: Requests, rounds: int) -> list[Result]:
+    """A prefill of the whole context."""
+    dim, units = requests.shape.head_dim, PAGE // UNIT
+    key = torch.randn(requests.context, KV_HEADS, dim).to(DTYPE)
+    slots = (requests.row(0)[0].long()[:, None] * PAGE + torch.arange(PAGE)).flatten()
+    summary, expected = (torch.zeros(len(requests.cache), KV_HEADS, units, 2, dim) for _ in range(2))
+    ops.summarize_pages(key[:512], slots[:512], summary, UNIT, Bound.MEAN_STD)
+    reference.summarize_pages(key[:512], slots[:512], expected, UNIT, Bound.MEAN_STD)
+    assert torch.equal(summary, expected)
+    starts = torch.arange(requests.context) * KV_HEADS * dim * 2
+    calls: dict[str, Call] = {
+        "summarize_pages": lambda i: ops.summarize_pages(key, slots, summary, UNIT, Bound.MEAN_STD),
+        "read new keys": lambda i: read(key, starts, 1, KV_HEADS * dim * 2, 0, False),
+    }
+    return results(requests, calls, key.nbytes, rounds)
+
+
+BENCHES = {
+    "attend": bench_attend,
+    "score_tokens": bench_score_tokens,
+    "score_pages": bench_score_pages,
+    "select_units": bench_select_units,
+    "summarize_pages": bench_summarize_pages,
+}
+
+
+def report(rows: list[Result]) -> None:
+    columns = ("op", "context", "G", "D", "median us", "best us", "MB", "GB/s", "share of read")
+    table = Table(*columns, title=f"{ops.isa()}, {torch.get_num_threads()} threads")
+    for r in rows:
+        numbers = f"{r.microseconds:.0f}", f"{r.best_microseconds:.0f}", f"{r.bytes / 1e6:.1f}"
+        table.add_row(r.op, str(r.context), str(r.group), str(r.head_dim), *numbers,
+                      f"{r.gigabytes_per_second:.1f}", f"{r.share_of_read:.0%}")  # fmt: skip
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--ops", nargs="+", choices=BENCHES, default=list(BENCHES))
+    parser.add_argument("--contexts", nargs="+", type=int, default=[4096, 16384, 32768], help="multiples of 128 tokens")
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    here = Path(__file__).parent
+    flags = ["-O3", "-march=native", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
+    load("sparseserve_bench", [str(here / "read.cpp")], extra_cflags=flags, is_python_module=False)
+    torch.manual_seed(0)
+    rows: list[Result] = []
+    for head_dim, group in ((128, 4), (128, 2), (64, 4), (64, 2)):
+        for context in options.contexts:
+            requests = Requests(context, HeadShape(KV_HEADS, group, head_dim))
+            for name in options.ops:
+                rows += BENCHES[name](requests, options.rounds)
+    report(rows)
+    if options.json:
+        document = {"isa": ops.isa(), "threads": torch.get_num_threads(), "results": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()
