@@ -1,0 +1,1 @@
+"""Models and questions that make quality visible without a download."""
