@@ -22,7 +22,8 @@ struct Tokens {
   }
 };
 
-// Where the next tile lies: touched a little with every step of this one, so that memory never rests.
+// Where the next tile lies: touched a little with every step of this one, so that memory never rests. Fetched into L2:
+// the K rows of a tile lie a page's width apart and would evict each other from a few sets of L1.
 struct Fetch {
   const char* key = nullptr;
   int64_t key_stride = 0;       // bytes
@@ -32,9 +33,9 @@ struct Fetch {
   SPARSESERVE_INLINE void dim(int64_t d) const {
     constexpr int64_t kBytes = kTileTokens * sizeof(T);  // of one dim of K, and on average of V
     if (key)
-      for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(key + d * key_stride + i, 0, 3);
+      for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(key + d * key_stride + i, 0, 2);
     if (value)
-      for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(value + d * kBytes + i, 0, 3);
+      for (int64_t i = 0; i < kBytes; i += 64) __builtin_prefetch(value + d * kBytes + i, 0, 2);
   }
 };
 
