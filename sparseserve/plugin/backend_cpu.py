@@ -23,7 +23,7 @@ from sparseserve.cache import cpu_views, summaries
 from sparseserve.decode import SparseLayer, decode_layer
 from sparseserve.plugin.cache import with_summaries
 from sparseserve.plugin.metadata import RowSplit, split_rows, take_rows, token_rows
-from sparseserve.plugin.settings import head_shape, model_shape, policy_of
+from sparseserve.plugin.settings import check_attention, head_shape, model_shape, policy_of
 from sparseserve.plugin.stats import Meter
 from sparseserve.policies import Policy
 from sparseserve.step import StepBuffers
@@ -86,7 +86,8 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         self._meter = Meter(policy, mine)
         self._meter.set_kv_bytes(self.kv_cache_spec, config.cache_config.num_gpu_blocks or 0, len(layers))
         summary_shape = policy.summary_shape(heads, self.kv_cache_spec.block_size)
-        for layer, plan in zip(layers.values(), mine, strict=True):
+        for (name, layer), plan in zip(layers.items(), mine, strict=True):
+            check_attention(name, layer.impl)
             layer.impl.bind(policy, plan, summary_shape, self._meter if plan is mine[-1] else None)
 
     def build(
