@@ -20,6 +20,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from environment import environment
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -188,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     console = Console()
     with TemporaryDirectory() as folder:
@@ -198,8 +199,8 @@ def main() -> None:
     console.print(table(timings))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"layers": options.layers, "rounds": options.rounds, "timings": [asdict(t) for t in timings]}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        run = {"layers": options.layers, "rounds": options.rounds, "timings": [asdict(t) for t in timings]}
+        options.json.write_text(json.dumps(environment() | run, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from environment import environment
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -357,7 +358,12 @@ def main() -> None:
     options = parser.parse_args()
     here = Path(__file__).parent
     flags = ["-O3", "-march=native", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
-    load("sparseserve_bench", [str(here / "read.cpp")], extra_cflags=flags, is_python_module=False)
+    load(
+        "sparseserve_bench",
+        [str(here / "read.cpp"), str(here.parent / "bindings" / "pool.cpp")],
+        extra_cflags=flags,
+        is_python_module=False,
+    )
     torch.manual_seed(0)
     rows: list[Result] = []
     for head_dim, group in ((128, 4), (128, 2), (64, 4), (64, 2)):
@@ -367,7 +373,7 @@ def main() -> None:
                 rows += BENCHES[name](requests, options.rounds)
     report(rows)
     if options.json:
-        document = {"isa": ops.isa(), "threads": torch.get_num_threads(), "results": [asdict(row) for row in rows]}
+        document = environment() | {"threads": torch.get_num_threads(), "results": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(document, indent=1))
 
 
