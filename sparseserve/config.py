@@ -25,6 +25,7 @@ from pydantic.json_schema import models_json_schema
 from sparseserve.errors import MISSING, ConfigError, policy_errors
 from sparseserve.policies import POLICIES, Policy
 
+ADDITIONAL_CONFIG = "sparseserve"  # the key of our settings in vLLM's additional_config
 ENV_POLICY = "SPARSESERVE_POLICY"
 ENV_SET = "SPARSESERVE_SET_"
 SEE_POLICIES = "see `sparseserve policies`"

@@ -51,8 +51,8 @@ class Timing:
     right: bool  # every round gave the right tokens
 
 
-def policies(layers: int) -> dict[str, Policy]:
-    """What is measured; `layers` is the depth of the model."""
+def policies() -> dict[str, Policy]:
+    """What is measured."""
     tidal = {"budget_tokens": BUDGET, "reselect_layer": circuits.RESELECT_LAYER}
     return {
         "dense": Dense(),
@@ -123,7 +123,7 @@ def decode(llm: Any, text: str) -> tuple[float, str]:
     return median(times[-(TOKENS - 2) :]), answer
 
 
-def measure(model: str, layers: int, rounds: int, console: Console) -> list[Timing]:
+def measure(model: str, rounds: int, console: Console) -> list[Timing]:
     """Every policy at every context."""
     spawn = get_context("spawn")
     pipes = {}
@@ -131,7 +131,7 @@ def measure(model: str, layers: int, rounds: int, console: Console) -> list[Timi
         pipes[plugin], theirs = spawn.Pipe()
         spawn.Process(target=engine, args=(model, plugin, theirs), daemon=True).start()
         assert pipes[plugin].recv() == "ready"
-    candidates: dict[str, Policy | None] = {CONTROL: None, AGAIN: None, **policies(layers)}
+    candidates: dict[str, Policy | None] = {CONTROL: None, AGAIN: None, **policies()}
 
     def run(policy: Policy | None, context: int) -> tuple[float, bool]:
         pipe = pipes[policy is not None]
@@ -195,7 +195,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         model = Path(folder) / "deep"
         deep_model(model, options.layers)
-        timings = measure(str(model), options.layers, options.rounds, console)
+        timings = measure(str(model), options.rounds, console)
     console.print(table(timings))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -8,19 +8,17 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from sparseserve.config import from_dict
+from sparseserve.config import ADDITIONAL_CONFIG, from_dict
 from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.plan import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape
 
-KEY = "sparseserve"
-
 
 def policy_of(vllm_config: VllmConfig) -> Policy | None:
     """The policy that `additional_config["sparseserve"]` asks for; None leaves vLLM as it is."""
     config = vllm_config.additional_config
-    settings = config.get(KEY) if isinstance(config, Mapping) else None
+    settings = config.get(ADDITIONAL_CONFIG) if isinstance(config, Mapping) else None
     return None if settings is None else from_dict(settings)
 
 

@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 
 from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.plan import ModelShape
+from sparseserve.plugin import settings
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape, LayerPlan, Role
 
@@ -29,7 +30,7 @@ def model_shape(config: VllmConfig) -> ModelShape:
     kv_heads = model.get_num_kv_heads(parallel)
     group = model.get_num_attention_heads(parallel) // kv_heads
     heads = HeadShape(kv_heads, group, model.get_head_size())
-    return ModelShape(model.model, model.get_total_num_hidden_layers(), heads, model.max_model_len)
+    return settings.model_shape(config, heads)
 
 
 def check_supported(config: VllmConfig, policy: Policy) -> None:

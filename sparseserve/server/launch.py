@@ -16,7 +16,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from sparseserve import ops
-from sparseserve.config import PolicySource, find_policy, to_dict
+from sparseserve.config import ADDITIONAL_CONFIG, PolicySource, find_policy, to_dict
 from sparseserve.errors import ConfigError, Problem, SparseServeError, UnsupportedError
 from sparseserve.policies import Policy
 from sparseserve.server.supervise import SERVER_ENDED
@@ -25,7 +25,6 @@ from sparseserve.types import LayerPlan, Role
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-KEY = "sparseserve"  # of additional_config
 OUR_PLUGINS = ["sparseserve", "sparseserve_metrics"]
 ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
 WORKER_EXTENSION = "sparseserve.plugin.worker.StatsExtension"
@@ -127,14 +126,19 @@ def vllm_errors() -> Iterator[None]:
 def policy_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
     """What to add to `vllm serve`; the user's own additional_config stays."""
     settings = dict(args.additional_config)
-    if KEY in settings:
+    if ADDITIONAL_CONFIG in settings:
         remedy = "give --policy and --set in its place"
-        raise ConfigError(f"--additional-config {KEY}", settings[KEY], "none: the policy sets it", remedy=remedy)
+        raise ConfigError(
+            f"--additional-config {ADDITIONAL_CONFIG}",
+            settings[ADDITIONAL_CONFIG],
+            "none: the policy sets it",
+            remedy=remedy,
+        )
     if args.worker_extension_cls not in ("", WORKER_EXTENSION):
         allowed = f"none: vLLM takes one, and metrics need {WORKER_EXTENSION}"
         remedy = "drop the flag, or derive your class from ours and load it in a plugin"
         raise UnsupportedError(Problem("--worker-extension-cls", args.worker_extension_cls, allowed, remedy=remedy))
-    settings[KEY] = to_dict(policy)
+    settings[ADDITIONAL_CONFIG] = to_dict(policy)
     # One dotted flag per key, all of them: vLLM lets dotted flags win over a JSON one.
     pairs = [[f"--additional-config.{key}", json.dumps(value)] for key, value in settings.items()]
     return [*chain.from_iterable(pairs), "--worker-extension-cls", WORKER_EXTENSION]
