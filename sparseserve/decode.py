@@ -28,19 +28,19 @@ def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> 
     selects = plan.role is Role.SELECT
     if selects and not plan.dense_output:
         _select(layer, step, query)
-    selection = step.everything if plan.dense_output else step.selection
     attended = step.attended_dense if plan.dense_output else step.attended
     ops.attend(
         query,
         layer.kv,
         step.table.pages,
         step.table.seq_lens,
-        selection,
+        step.attends_to(plan),
         layer.scale,
         out=out,
         lse=step.lse,
         attended=attended[plan.layer],
     )
+    layer.policy.after_attend(query, layer.kv, layer.summary, plan, step, layer.scale, out)
     if selects and plan.dense_output:
         _select(layer, step, query)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from sparseserve.errors import ConfigError
 from sparseserve.types import HeadShape
@@ -16,6 +19,21 @@ class ModelShape:
     layers: int  # L
     heads: HeadShape  # of one rank
     max_len: int  # tokens
+    page_size: int  # P, tokens
+    rank: int = 0  # this rank of the `ranks` that share the heads
+    ranks: int = 1
+    rope: Callable[[int], Tensor] | None = None  # head dim -> cos and sin [max_len, dim] fp32 of the rotary embedding
+    config_sha256: str | None = None  # of the model's config.json, where it is known
+
+    def my_heads(self, kv_heads: int) -> slice:
+        """This rank's of `kv_heads` KV heads in all; with fewer heads than ranks, vLLM replicates them."""
+        first = self.rank * kv_heads // self.ranks
+        return slice(first, first + self.heads.kv_heads)
+
+    def fits_kv_heads(self, kv_heads: int) -> bool:
+        """Whether a model of `kv_heads` KV heads in all gives a rank as many as this one has."""
+        replicated = self.heads.kv_heads == 1 and 0 < kv_heads < self.ranks and self.ranks % kv_heads == 0
+        return replicated or kv_heads == self.heads.kv_heads * self.ranks
 
     def check_layer(self, key: str, layer: int, first: int = 0) -> None:
         """Raise ConfigError unless `layer` is a layer of the model, from `first` on."""

@@ -7,7 +7,7 @@ M physical pages, L layers. A *unit* is `unit_tokens` consecutive tokens; `unit_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -102,8 +102,45 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """The first `sink` tokens and the last ones, at a length of N tokens max(alpha + beta * N, minimum) in all.
+
+    A selection head with several lines alpha + beta * N takes the longest at the length of the row. The start of the
+    last tokens is rounded down to a multiple of `align`, not their number up: with beta <= 1 the start never moves back
+    as N grows, so what fell out of the window is never needed again.
+    """
+
+    sink: Tensor  # [Hs] int32 tokens
+    alpha: Tensor  # [Hs, lines] fp64 tokens
+    beta: Tensor  # [Hs, lines] fp64
+    minimum: int = 0  # tokens
+    align: int = 1  # tokens
+
+    def spans(self, seq_lens: Tensor) -> Tensor:
+        """The spans [..., Hs, 2] int32 of a Selection for seq_lens [...]; the window's tensors may have more dims."""
+        lengths = seq_lens[..., None].to(torch.float64)
+        lines = (self.alpha + self.beta * lengths[..., None]).floor()
+        size = lines.amax(-1).clamp(min=self.minimum)
+        start = (lengths - size + self.sink).clamp(min=0).to(torch.int32) // self.align * self.align
+        sink = torch.minimum(self.sink, seq_lens[..., None])
+        return torch.stack(torch.broadcast_tensors(sink, start), -1).to(torch.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """The learned gate of one layer (SeerAttention-R, arXiv 2506.08889) with the rotations that it needs."""
+
+    query: Tensor  # [H, G, D, E] fp32, E the gate's dim
+    key: Tensor  # [H, 3D, E] fp32
+    query_norm: Tensor | None  # [E] fp32, None without RMSNorm
+    key_norm: Tensor | None  # [E] fp32
+    unrope: Tensor  # [T, D] fp32, cos then sin that undo the model's rotary embedding
+    rope: Tensor | None  # [T, E] fp32, cos then sin of the gate's own, None without
+
+
+@dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """Everything about one layer that is known before serving."""
+    """Everything about one layer that is known before serving, for the heads of one rank."""
 
     layer: int
     role: Role
@@ -111,6 +148,18 @@ class LayerPlan:
     sink: Tensor | None = None  # [Hs] int32 tokens, SELECT layers
     recent: Tensor | None = None  # [Hs] int32 tokens, SELECT layers
     budget: Tensor | None = None  # [Hs] int32 tokens with sink and recent, SELECT layers
+    window: Window | None = None  # WINDOW layers
+    gate: Gate | None = None  # layers that select with a gate
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """Keys and values that were just written to the cache."""
+
+    key: Tensor  # [T, H, D]
+    value: Tensor  # [T, H, D]
+    slots: Tensor  # [T] int64, page * P + offset, -1 for padding
+    positions: Tensor  # [T] int64, in their rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +169,14 @@ class Step:
     table: PageTable
     everything: Selection  # Hs = 1, spans of the whole row
     selection: Selection
+    windows: Tensor  # [L, B, Hs, 2] int32, the spans of WINDOW layers; L = 0 without any
     scores: Tensor  # [B, Hs, T] fp32 scratch of the selection layers
     lse: Tensor  # [B, Hq] fp32, of the latest attend
     attended_dense: Tensor  # [L, B, 1] int32, tokens attended by layers with dense output
     attended: Tensor  # [L, B, Hs] int32, tokens attended by the other layers
+
+    def attends_to(self, plan: LayerPlan) -> Selection:
+        """What a layer attends to, once its selection is made."""
+        if plan.dense_output:
+            return self.everything
+        return self.selection if plan.window is None else replace(self.selection, spans=self.windows[plan.layer])

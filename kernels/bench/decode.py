@@ -98,7 +98,7 @@ def engine(model: str, plugin: bool, pipe: Connection) -> None:
     from vllm import LLM
 
     settings = {"additional_config": {"sparseserve": to_dict(Quest())}} if plugin else {}
-    llm = LLM(model, max_model_len=CONTEXTS[-1] + 256, max_num_seqs=4, enforce_eager=True, **settings)
+    llm = LLM(model, max_model_len=CONTEXTS[-1] + 256, max_num_seqs=4, **settings)
     pipe.send("ready")
     while (request := pipe.recv()) is not None:
         kind, value = request

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -22,12 +24,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from sparseserve.cache import cpu_views, summaries
 from sparseserve.decode import SparseLayer, decode_layer
 from sparseserve.plugin.cache import with_summaries
-from sparseserve.plugin.metadata import RowSplit, split_rows, take_rows, token_rows
+from sparseserve.plugin.metadata import RowSplit, split_rows, take_rows, token_positions, token_rows
 from sparseserve.plugin.settings import check_attention, head_shape, model_shape, policy_of
 from sparseserve.plugin.stats import Meter
 from sparseserve.policies import Policy
 from sparseserve.step import StepBuffers
-from sparseserve.types import LayerPlan, PageTable, Step
+from sparseserve.types import LayerPlan, NewTokens, PageTable, Step
 
 
 class SparseCPUBackend(CPUAttentionBackend):
@@ -51,11 +53,12 @@ class SparseCPUBackend(CPUAttentionBackend):
 
 @dataclass
 class SparseCPUMetadata(CPUAttentionMetadata):
-    """The parent's metadata of the whole batch's dense rows, beside the step of its sparse rows."""
+    """The parent's metadata of the batch's dense rows, beside the step of its sparse rows."""
 
+    positions: Tensor | None = None  # [T] int64, of all query tokens
     dense_tokens: Tensor | None = None  # [T] int64, None without dense rows
     sparse_tokens: Tensor | None = None  # [B] int64
-    step: Step | None = None  # None: the parent's metadata, untouched
+    step: Step | None = None  # None: every row is the parent's
 
 
 class SparseCPUBuilder(CPUAttentionMetadataBuilder):
@@ -77,11 +80,11 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
             self._set_isa_to_layers(self.layer_names)
         layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
         heads = head_shape(next(iter(layers.values())))
-        model = model_shape(self.vllm_config, heads)
+        model = model_shape(self.vllm_config, heads, get_tensor_model_parallel_rank())
         plans = policy.plans(model)
         config = self.vllm_config
-        self._policy = policy
-        self._buffers = StepBuffers(policy, heads, config.scheduler_config.max_num_seqs, model.max_len, len(plans))
+        self._policy, self._model = policy, model
+        self._buffers = StepBuffers(policy, plans, heads, config.scheduler_config.max_num_seqs, model.max_len)
         mine = [plans[extract_layer_index(name)] for name in layers]
         self._meter = Meter(policy, mine)
         self._meter.set_kv_bytes(self.kv_cache_spec, config.cache_config.num_gpu_blocks or 0, len(layers))
@@ -98,11 +101,12 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
             return super().build(common_prefix_len, common, fast_build)
         split = split_rows(common, self._policy.dense_up_to)
         self._meter.count_rows(split)
+        positions = token_positions(common)
         if not split.sparse.shape[0]:
-            return super().build(common_prefix_len, common, fast_build)
-        return self._build_mixed(common, split)
+            return _extend(super().build(common_prefix_len, common, fast_build), positions=positions)
+        return self._build_mixed(common, split, positions)
 
-    def _build_mixed(self, common: CommonAttentionMetadata, split: RowSplit) -> SparseCPUMetadata:
+    def _build_mixed(self, common: CommonAttentionMetadata, split: RowSplit, positions: Tensor) -> SparseCPUMetadata:
         sparse_tokens = common.query_start_loc_cpu[split.sparse].to(torch.int64)
         step = self._step(common, split.sparse)
         if not split.dense.shape[0]:
@@ -115,17 +119,18 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
                 block_table=common.block_table_tensor,
                 slot_mapping=common.slot_mapping,
                 scheduler_metadata=None,  # no row is the parent's
+                positions=positions,
                 sparse_tokens=sparse_tokens,
                 step=step,
             )
         dense_tokens = token_rows(common, split.dense)
         parent = super().build(0, take_rows(common, split.dense, dense_tokens))
-        return _extend(parent, dense_tokens=dense_tokens, sparse_tokens=sparse_tokens, step=step)
+        return _extend(parent, positions=positions, dense_tokens=dense_tokens, sparse_tokens=sparse_tokens, step=step)
 
     def _step(self, common: CommonAttentionMetadata, rows: Tensor) -> Step:
         table = PageTable(common.block_table_tensor[rows], common.seq_lens[rows])
         step = self._buffers.step(table)
-        self._policy.prepare(step)
+        self._policy.prepare(step, self._model)
         return step
 
 
@@ -154,8 +159,11 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
     ) -> None:
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         if self._policy is not None and self._summary_shape:
-            summary = self._bound(kv_cache).summary
-            self._policy.summarize(key[: slot_mapping.shape[0]], slot_mapping, summary)
+            bound = self._bound(kv_cache)
+            metadata = get_forward_context().attn_metadata[layer.layer_name]
+            tokens = metadata.positions.shape[0]
+            new = NewTokens(key[:tokens], value[:tokens], slot_mapping[:tokens], metadata.positions)
+            self._policy.summarize(new, bound.kv, bound.summary, bound.plan)
 
     def forward(
         self,

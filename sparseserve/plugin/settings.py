@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from sparseserve.config import ADDITIONAL_CONFIG, from_dict
@@ -27,10 +30,33 @@ def head_shape(layer: Attention) -> HeadShape:
     return HeadShape(layer.num_kv_heads, layer.num_heads // layer.num_kv_heads, layer.head_size)
 
 
-def model_shape(vllm_config: VllmConfig, heads: HeadShape) -> ModelShape:
-    """The served model as policies see it."""
+def model_shape(vllm_config: VllmConfig, heads: HeadShape, rank: int = 0) -> ModelShape:
+    """The served model as policies see it on a tensor-parallel rank."""
     model = vllm_config.model_config
-    return ModelShape(model.model, model.get_total_num_hidden_layers(), heads, model.max_model_len)
+    return ModelShape(
+        name=model.model,
+        layers=model.get_total_num_hidden_layers(),
+        heads=heads,
+        max_len=model.max_model_len,
+        page_size=vllm_config.cache_config.block_size,
+        rank=rank,
+        ranks=vllm_config.parallel_config.tensor_parallel_size,
+        rope=lambda dim: rope_table(vllm_config, dim),
+    )
+
+
+def rope_table(vllm_config: VllmConfig, head_dim: int) -> Tensor:
+    """cos and sin [max_len, head_dim] fp32 of the model's rotary embedding, at another head dim if need be.
+
+    Raises UnsupportedError for embeddings that are not plain rotations of halves over the whole head.
+    """
+    model = vllm_config.model_config
+    parameters = getattr(model.hf_text_config, "rope_parameters", None)
+    rope = get_rope(head_dim, model.max_model_len, rope_parameters=parameters, dtype=torch.float32)
+    if rope.rotary_dim != head_dim or not rope.is_neox_style or rope.cos_sin_cache.dim() != 2:
+        allowed = "a rotary embedding of the whole head, in halves"
+        raise UnsupportedError(Problem("rope_parameters", parameters, allowed, remedy="take a policy without gates"))
+    return rope.cos_sin_cache[: model.max_model_len].float()
 
 
 def check_attention(name: str, impl: CPUAttentionBackendImpl) -> None:

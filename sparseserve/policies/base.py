@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import prod
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from sparseserve.errors import ArtifactError, Problem
 from sparseserve.plan import ModelShape
-from sparseserve.types import HeadShape, LayerPlan, PagedKV, Role, Scope, Step
+from sparseserve.types import HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step
+
+if TYPE_CHECKING:
+    from sparseserve.artifacts import Artifact, Kind
 
 Tokens = Annotated[int, Field(ge=0)]
 PositiveTokens = Annotated[int, Field(ge=1)]
@@ -38,9 +42,8 @@ class Policy(BaseModel, ABC):
         """Tokens per unit of the selection."""
         return 32
 
-    @property
-    def selection_slots(self) -> int:
-        """Most units that a selection can hold (S)."""
+    def selection_slots(self, max_len: int) -> int:
+        """Most units that a selection can hold (S), in rows of up to `max_len` tokens."""
         return 0
 
     @property
@@ -52,9 +55,12 @@ class Policy(BaseModel, ABC):
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         """The plan of every layer; ConfigError when the model does not have the layers asked for."""
 
-    @abstractmethod
-    def expected_tokens(self, role: Role, length: int) -> int:
-        """Tokens that a layer of `role` attends to in a row of `length` tokens, at most."""
+    def expected_tokens(self, plan: LayerPlan, length: int) -> float:
+        """Tokens that a layer attends to in a row of `length` tokens, at most; the mean over its heads."""
+        if plan.window is None or length <= self.dense_up_to:
+            return length
+        first, start = plan.window.spans(torch.tensor(length, dtype=torch.int32)).unbind(-1)
+        return float((length - (start - first).clamp(min=0)).double().mean())
 
     def summary_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
         """Shape of one page's fp32 summary, () for none."""
@@ -65,17 +71,31 @@ class Policy(BaseModel, ABC):
         shape = self.summary_shape(heads, page_size)
         return 4 * prod(shape) if shape else 0
 
-    def summarize(self, key: Tensor, slots: Tensor, summary: Tensor) -> None:
-        """Fold keys [T, H, D] just written at `slots` [T] int64 into the page summaries [M, ...]."""
+    def summarize(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
+        """Fold tokens just written to `kv` into the page summaries [M, ...] of their layer."""
 
-    def prepare(self, step: Step) -> None:
-        """Write what every layer of the step shares, from the lengths alone."""
+    def scored_bytes(self, plan: LayerPlan, model: ModelShape, length: int, element_bytes: int) -> float:
+        """Bytes that a layer reads in a step beside the tokens it attends to, for a row of `length` tokens.
+
+        The summaries of the whole row for layers that select. `element_bytes` is the size of a number in the cache.
+        """
+        if plan.role is not Role.SELECT:
+            return 0
+        return -(-length // model.page_size) * self.summary_bytes(model.heads, model.page_size)
+
+    def prepare(self, step: Step, model: ModelShape) -> None:
+        """Write the units that WINDOW layers share, from the lengths alone."""
 
     def select(
         self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float
     ) -> None:
         """Write `step.selection` for `query` [B, Hq, D]; called on SELECT layers only."""
         raise AssertionError(f"{self.name} has no selection layers")
+
+    def after_attend(
+        self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float, out: Tensor
+    ) -> None:
+        """Change `out` [B, Hq, D], with its log-sum-exp in `step.lse`, once a layer has attended."""
 
 
 class BudgetPolicy(Policy):
@@ -94,16 +114,15 @@ class BudgetPolicy(Policy):
             )
         return self
 
-    @property
-    def selection_slots(self) -> int:
+    def selection_slots(self, max_len: int) -> int:
         return (self.budget_tokens - self.sink_tokens - self.recent_tokens) // self.selection_unit
 
     @property
     def dense_up_to(self) -> int:
         return max(self.min_tokens, self.budget_tokens)
 
-    def expected_tokens(self, role: Role, length: int) -> int:
-        return length if role is Role.DENSE else min(length, self.budget_tokens)
+    def expected_tokens(self, plan: LayerPlan, length: int) -> float:
+        return length if plan.dense_output else min(length, self.budget_tokens)
 
     def select_plan(self, layer: int, heads: HeadShape, dense_output: bool = False) -> LayerPlan:
         """The plan of a SELECT layer."""
@@ -120,3 +139,14 @@ class BudgetPolicy(Policy):
             recent=full(self.recent_tokens),
             budget=full(self.budget_tokens),
         )
+
+
+def load_artifact(source: str, kind: Kind) -> Artifact:
+    """The artifact, which must be of the kind that a policy reads."""
+    from sparseserve.artifacts import load
+
+    artifact = load(source)
+    if artifact.kind != kind:
+        allowed = f"an artifact of the kind {kind}"
+        raise ArtifactError(Problem("artifact", source, allowed, remedy=f"serve it with --policy {artifact.kind}"))
+    return artifact

@@ -17,6 +17,3 @@ class Dense(Policy):
 
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         return tuple(LayerPlan(layer, Role.DENSE, dense_output=True) for layer in range(model.layers))
-
-    def expected_tokens(self, role: Role, length: int) -> int:
-        return length

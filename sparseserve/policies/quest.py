@@ -11,7 +11,7 @@ from sparseserve import ops
 from sparseserve.errors import ConfigError
 from sparseserve.plan import ModelShape
 from sparseserve.policies.base import BudgetPolicy, PositiveTokens, Tokens
-from sparseserve.types import Bound, HeadShape, LayerPlan, PagedKV, Role, Scope, Step
+from sparseserve.types import Bound, HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step
 
 
 def _bound(value: object) -> object:
@@ -58,8 +58,8 @@ class Quest(BudgetPolicy):
     def summary_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
         return (heads.kv_heads, page_size // self.unit_tokens, 2, heads.head_dim)
 
-    def summarize(self, key: Tensor, slots: Tensor, summary: Tensor) -> None:
-        ops.summarize_pages(key, slots, summary, self.unit_tokens, self.bound)
+    def summarize(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
+        ops.summarize_pages(new.key, new.slots, summary, self.unit_tokens, self.bound)
 
     def select(
         self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float

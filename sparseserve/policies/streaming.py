@@ -9,7 +9,7 @@ from pydantic import Field
 
 from sparseserve.plan import ModelShape
 from sparseserve.policies.base import Policy, PositiveTokens, Tokens
-from sparseserve.types import LayerPlan, Role, Step
+from sparseserve.types import LayerPlan, Role, Window
 
 
 class Streaming(Policy):
@@ -27,12 +27,9 @@ class Streaming(Policy):
         return max(self.min_tokens, self.sink_tokens + self.recent_tokens)
 
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
-        return tuple(LayerPlan(layer, Role.WINDOW) for layer in range(model.layers))
-
-    def expected_tokens(self, role: Role, length: int) -> int:
-        return min(length, self.sink_tokens + self.recent_tokens)
-
-    def prepare(self, step: Step) -> None:
-        lengths = step.table.seq_lens[:, None]
-        torch.clamp(lengths, max=self.sink_tokens, out=step.selection.spans[..., 0])
-        torch.clamp(lengths - self.recent_tokens, min=0, out=step.selection.spans[..., 1])
+        window = Window(
+            sink=torch.tensor([self.sink_tokens], dtype=torch.int32),
+            alpha=torch.tensor([[self.sink_tokens + self.recent_tokens]], dtype=torch.float64),
+            beta=torch.zeros(1, 1, dtype=torch.float64),
+        )
+        return tuple(LayerPlan(layer, Role.WINDOW, window=window) for layer in range(model.layers))

@@ -55,9 +55,6 @@ class Tidal(BudgetPolicy):
             return self.select_plan(layer, model.heads, dense_output=True)
         return LayerPlan(layer, Role.REUSE)
 
-    def expected_tokens(self, role: Role, length: int) -> int:
-        return min(length, self.budget_tokens) if role is Role.REUSE else length
-
     def select(
         self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float
     ) -> None:

@@ -112,7 +112,7 @@ def _cache(config: VllmConfig, policy: Policy) -> Iterator[Problem]:
         yield Problem("--kv-cache-dtype", cache.cache_dtype, f"auto or {dtype}", remedy=remedy)
         return
     unit = policy.selection_unit
-    if policy.selection_slots and cache.block_size % unit:
+    if policy.selection_slots(config.model_config.max_model_len) and cache.block_size % unit:
         allowed = f"a multiple of {unit}, the unit_tokens of {policy.name}"
         remedy = f"give --block-size {-(-cache.block_size // unit) * unit}"
         yield Problem("--block-size", cache.block_size, allowed, remedy=remedy)

@@ -172,7 +172,7 @@ def summary(config: VllmConfig, policy: Policy, plans: Sequence[LayerPlan]) -> s
     """What the policy will do, in one line."""
     length = config.model_config.max_model_len
     roles = {role: [plan.layer for plan in plans if plan.role is role] for role in Role}
-    attended = sum(policy.expected_tokens(plan.role, length) for plan in plans)
+    attended = sum(policy.expected_tokens(plan, length) for plan in plans)
     parts = [
         " ".join(f"{key}={value}" for key, value in to_dict(policy).items()),
         "layers " + ", ".join(f"{role.value} {ranges(layers)}" for role, layers in roles.items() if layers),

@@ -12,7 +12,7 @@ from sparseserve.decode import SparseLayer, decode_layer
 from sparseserve.plan import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.step import StepBuffers
-from sparseserve.types import PageTable, Selection
+from sparseserve.types import NewTokens, PageTable, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Bed:
         model: ModelShape,
         lengths: list[int],
         *,
-        page_size: int = 64,
         page_order: int = 0,
         dtype: torch.dtype = torch.bfloat16,
         filler: float = 0.0,
     ) -> None:
-        self.policy, self.model, self.lengths, self.page_size = policy, model, lengths, page_size
+        self.policy, self.model, self.lengths = policy, model, lengths
+        self.page_size = page_size = model.page_size
         heads = model.heads
         per_row = -(-model.max_len // page_size)
         pool = per_row * len(lengths) + 1
@@ -51,7 +51,7 @@ class Bed:
         shape = (pool, heads.kv_heads, page_size, 2 * heads.head_dim)
         stride = (page + tail, page_size * 2 * heads.head_dim, 2 * heads.head_dim, 1)
         self.layers = [self._layer(torch.as_strided(layer, shape, stride), index) for index, layer in enumerate(memory)]
-        self.buffers = StepBuffers(policy, heads, len(lengths), model.max_len, model.layers)
+        self.buffers = StepBuffers(policy, policy.plans(model), heads, len(lengths), model.max_len)
 
     def _layer(self, cache: Tensor, index: int) -> SparseLayer:
         heads = self.model.heads
@@ -72,7 +72,8 @@ class Bed:
         kv.key[page, :, offset], kv.value[page, :, offset] = key, value
         summary = self.layers[layer].summary
         if summary is not None:
-            self.policy.summarize(key, page * self.page_size + offset, summary)
+            new = NewTokens(key, value, page * self.page_size + offset, positions)
+            self.policy.summarize(new, kv, summary, self.layers[layer].plan)
 
     def fill(self, keys: Tensor, values: Tensor, chunk: int | None = None) -> Bed:
         """Write every row's tokens from keys and values [L, B, T, H, D], `chunk` tokens at a time."""
@@ -88,12 +89,12 @@ class Bed:
         rows = list(range(len(self.lengths))) if rows is None else rows
         seq_lens = torch.tensor([self.lengths[row] for row in rows], dtype=torch.int32)
         step = self.buffers.step(PageTable(self.pages[rows], seq_lens))
-        self.policy.prepare(step)
+        self.policy.prepare(step, self.model)
         outcome = Outcome(torch.zeros_like(query[:, rows]), [], [], [])
         for layer, out in zip(self.layers, outcome.out, strict=True):
             decode_layer(layer, step, query[layer.plan.layer, rows], out)
             dense = layer.plan.dense_output
-            used = step.everything if dense else step.selection
+            used = step.attends_to(layer.plan)
             outcome.masks.append(token_mask(used, seq_lens, self.model.max_len))
             outcome.selections.append(_copy(used))
             attended = step.attended_dense if dense else step.attended

@@ -22,7 +22,7 @@ CASES: dict[str, Policy] = {
     "tidal-all_heads": Tidal(**TIDAL, scope=Scope.ALL_HEADS),
     "tidal-units": Tidal(**TIDAL, unit_tokens=16),
 }
-MODEL = ModelShape("bed", layers=5, heads=HeadShape(kv_heads=2, group=2, head_dim=32), max_len=448)
+MODEL = ModelShape("bed", layers=5, heads=HeadShape(kv_heads=2, group=2, head_dim=32), max_len=448, page_size=64)
 LENGTHS = [385, 0, 1, 127, 128, 129, 448, 300]  # empty, short of, at and over the budget, page boundaries
 
 
