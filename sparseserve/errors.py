@@ -114,7 +114,8 @@ def _message(details: ErrorDetails, model: type[BaseModel], where: Callable[[str
             remedy="remove or rename the key; `sparseserve policies` explains each",
             where=where(key),
         )
-    field = model.model_fields[key]
+    name = str(details["loc"][0])  # the key of a list that holds the wrong value
+    field = model.model_fields[name]
     missing = details["type"] == "missing"
     choices = _choices(field.annotation)
     return Problem(
@@ -122,8 +123,8 @@ def _message(details: ErrorDetails, model: type[BaseModel], where: Callable[[str
         MISSING if missing else details["input"],
         allowed="" if choices else field.description or "" if missing else _allowed(details["msg"]),
         choices=choices,
-        remedy=f"give --set {key}=VALUE, or {key}: VALUE in the policy file",
-        where=where(key),
+        remedy=f"give --set {name}=VALUE, or {name}: VALUE in the policy file",
+        where=where(name),
     )
 
 

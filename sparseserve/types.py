@@ -123,7 +123,7 @@ class Window:
         size = lines.amax(-1).clamp(min=self.minimum)
         start = (lengths - size + self.sink).clamp(min=0).to(torch.int32) // self.align * self.align
         sink = torch.minimum(self.sink, seq_lens[..., None])
-        return torch.stack(torch.broadcast_tensors(sink, start), -1).to(torch.int32)
+        return torch.stack([sink, start], -1).to(torch.int32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ def policy_file(tmp_path: Path) -> Callable[[str], str]:
         ("quest", ["unit_tokens=30"], ["unit_tokens = 30", "16, 32, 64", "'32'"]),
         ("quest", ["bound=minmax"], ["bound = minmax", "mean_std", "'min_max'"]),
         ("tidal", [*TIDAL, "scope=kvhead"], ["scope = kvhead", "all_heads, kv_head, query_head", "'kv_head'"]),
-        ("tidal", [], ["reselect_layer is missing", "--set reselect_layer="]),
+        ("moa", [], ["artifact is missing", "moa_alpha_beta.json", "--set artifact="]),
         ("quest", ["budget_tokens=64", "sink_tokens=32", "recent_tokens=40"], ["= 72", "budget_tokens = 64", "raise"]),
         ("streaming", ["recent_tokens=0"], ["recent_tokens = 0", "greater than or equal to 1"]),
         ("quest", ["budget_tokens"], ["--set = budget_tokens", "KEY=VALUE", "--set budget_tokens=512"]),
@@ -137,7 +137,8 @@ def test_errors_in_a_file_say_where(policy_file: Callable[[str], str], text: str
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_travel_as_json(name: str) -> None:
-    policy = load_policy(name, TIDAL if name == "tidal" else [], {}, "model")
+    required = [key for key, field in POLICIES[name].model_fields.items() if field.is_required()]
+    policy = load_policy(name, [f"{key}=a-file" for key in required], {}, "model")
     assert from_dict(json.loads(json.dumps(to_dict(policy)))) == policy
 
 
@@ -150,7 +151,7 @@ def test_the_published_schema_is_up_to_date() -> None:
 def test_the_schema_accepts_and_refuses_what_we_do(policy_file: Callable[[str], str]) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     entries = [{"policy": "quest", "bound": "min_max"}, {"policy": "tidal", "reselect_layer": 4}, {"policy": "dense"}]
-    bad = [{"policy": "tidal"}, {"policy": "quest", "budget_tokens": 0}, {"policy": "qest"}, {"bound": "min_max"}]
+    bad = [{"policy": "moa"}, {"policy": "quest", "budget_tokens": 0}, {"policy": "qest"}, {"bound": "min_max"}]
     for entry in entries:
         jsonschema.validate({"models": {"*": entry}}, policy_file_schema())
         from_dict(entry)

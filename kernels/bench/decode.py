@@ -2,7 +2,8 @@
 
 The model is the demo model with inert layers on top (their output projections are zero): it costs what a model of
 `--layers` layers costs and still answers, so every timing comes with the proof that its tokens were right. Two engines
-live side by side, one without the plugin, one whose policy is exchanged; runs alternate in random order.
+live side by side, one without the plugin, one whose policy is exchanged and whose page summaries are rebuilt for it;
+runs alternate in random order. vLLM runs as it comes, compiled.
 """
 
 from __future__ import annotations
@@ -20,23 +21,22 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from contenders import FAR, NEAR, deep_model, policies, prompt
 from environment import environment
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 
 from sparseserve.config import to_dict
 from sparseserve.demo import circuits
-from sparseserve.demo.build import build
-from sparseserve.demo.questions import prose
-from sparseserve.policies import Dense, Policy, Quest, Streaming, Tidal
-from sparseserve.testing.engine import rebind
+from sparseserve.policies import S2, Hip, Policy, Streaming
+from sparseserve.testing.engine import rebind, running_pages
+from sparseserve.types import HeadShape
 
+HEADS = HeadShape(circuits.KV_HEADS, circuits.GROUP, circuits.HEAD_DIM)
 CONTEXTS = (512, 4096, 16384, 32768)
-BUDGET = 1024
 CONTROL, AGAIN = "CPU_ATTN", "CPU_ATTN again"
-FAR, NEAR = ("Galedu", "7KQ2XW9B4T3MZ1PC"), ("Torvik", "R5H8J0VD6LYN2SGE")  # one needle early, one in every window
 TOKENS = 16  # the value; the tokens after it are not timed
+WITHOUT_FAR = (Streaming, S2, Hip)  # do not read it, or find a score that stands alone only by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,95 +51,61 @@ class Timing:
     right: bool  # every round gave the right tokens
 
 
-def policies() -> dict[str, Policy]:
-    """What is measured."""
-    tidal = {"budget_tokens": BUDGET, "reselect_layer": circuits.RESELECT_LAYER}
-    return {
-        "dense": Dense(),
-        "streaming": Streaming(sink_tokens=4, recent_tokens=BUDGET - 4),
-        "quest": Quest(budget_tokens=BUDGET),
-        "quest, no dense layers": Quest(budget_tokens=BUDGET, dense_layers=0),
-        "tidal": Tidal(**tidal),
-        "tidal, units of 32": Tidal(**tidal | {"unit_tokens": 32}),
-    }
-
-
-def deep_model(path: Path, layers: int) -> None:
-    """The demo model with inert layers on top, `layers` in all."""
-    build(path)
-    state = load_file(path / "model.safetensors")
-    template = {name: tensor for name, tensor in state.items() if name.startswith("model.layers.3.")}
-    for layer in range(circuits.LAYERS, layers):
-        for name, tensor in template.items():
-            inert = name.endswith(("o_proj.weight", "down_proj.weight"))
-            state[name.replace(".3.", f".{layer}.")] = tensor * 0 if inert else tensor.clone()
-    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
-
-
-def prompt(context: int, needle: tuple[str, str]) -> str:
-    """A document of `context` tokens that holds both needles and asks for one; longer ones continue shorter ones."""
-    far, near = (f" The pass key of {name} is {value}. " for name, value in (FAR, NEAR))
-    question = f"\nThe pass key of {needle[0]} is "
-    text = prose(context - 1 - len(far) - len(near) - len(question))
-    return text[:100] + far + text[100:] + near + question
-
-
-def engine(model: str, plugin: bool, pipe: Connection) -> None:
-    """A child process: binds policies and times decodes on request."""
+def engine(model: str, roomiest: Policy | None, pipe: Connection) -> None:
+    """A child process: binds policies and times decodes on request; without `roomiest`, without the plugin."""
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "3",
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_PLUGINS": "sparseserve" if plugin else "",
+        "VLLM_PLUGINS": "sparseserve" if roomiest else "",
     }
     from vllm import LLM
 
-    settings = {"additional_config": {"sparseserve": to_dict(Quest())}} if plugin else {}
+    settings = {"additional_config": {"sparseserve": to_dict(roomiest)}} if roomiest else {}
     llm = LLM(model, max_model_len=CONTEXTS[-1] + 256, max_num_seqs=4, **settings)
+    pages: list[int] = []
     pipe.send("ready")
     while (request := pipe.recv()) is not None:
-        kind, value = request
-        if kind == "bind":
-            pipe.send(llm.collective_rpc(rebind, args=(value,)))
-        else:
-            pipe.send(decode(llm, value))
+        policy, text = request
+        if policy is not None:
+            llm.collective_rpc(rebind, args=(policy, pages))
+        seconds, answer, pages = decode(llm, text)
+        pipe.send((seconds, answer))
 
 
-def decode(llm: Any, text: str) -> tuple[float, str]:
-    """Median seconds of a decode step, and the value that was generated."""
+def decode(llm: Any, text: str) -> tuple[float, str, list[int]]:
+    """Median seconds of a decode step, the value that was generated, and the pages that hold the prompt."""
     from vllm import SamplingParams
 
     core = llm.llm_engine
     core.add_request("bench", text, SamplingParams(temperature=0, max_tokens=TOKENS))
-    times, answer = [], ""
+    times, answer, pages = [], "", []
     while core.has_unfinished_requests():
         start = time.perf_counter()
         outputs = core.step()
         times.append(time.perf_counter() - start)
         answer = outputs[0].outputs[0].text if outputs else answer
-    return median(times[-(TOKENS - 2) :]), answer
+        if outputs and not outputs[0].finished:
+            [pages] = llm.collective_rpc(running_pages)
+    return median(times[-(TOKENS - 2) :]), answer, pages
 
 
-def measure(model: str, rounds: int, console: Console) -> list[Timing]:
+def measure(model: str, policies: dict[str, Policy], rounds: int, console: Console) -> list[Timing]:
     """Every policy at every context."""
     spawn = get_context("spawn")
     pipes = {}
+    roomiest = max(policies.values(), key=lambda policy: policy.summary_bytes(HEADS, 128))
     for plugin in (False, True):
         pipes[plugin], theirs = spawn.Pipe()
-        spawn.Process(target=engine, args=(model, plugin, theirs), daemon=True).start()
+        spawn.Process(target=engine, args=(model, roomiest if plugin else None, theirs), daemon=True).start()
         assert pipes[plugin].recv() == "ready"
-    candidates: dict[str, Policy | None] = {CONTROL: None, AGAIN: None, **policies()}
+    candidates: dict[str, Policy | None] = {CONTROL: None, AGAIN: None, **policies}
 
     def run(policy: Policy | None, context: int) -> tuple[float, bool]:
         pipe = pipes[policy is not None]
-        if policy is not None:
-            pipe.send(("bind", policy))
-            pipe.recv()
-        needle = NEAR if isinstance(policy, Streaming) else FAR
-        pipe.send(("decode", prompt(context, needle)))
+        needle = NEAR if isinstance(policy, WITHOUT_FAR) else FAR
+        pipe.send((policy, prompt(context, needle)))
         seconds, answer = pipe.recv()
         return seconds, answer == needle[1]
 
@@ -147,7 +113,7 @@ def measure(model: str, rounds: int, console: Console) -> list[Timing]:
     shuffle = random.Random(0).shuffle
     for context in CONTEXTS:
         console.print(f"{context} tokens: prefill, then {rounds} rounds ...")
-        for policy in (None, candidates["dense"], candidates["streaming"]):
+        for policy in (None, candidates["dense"]):
             run(policy, context)  # fills the prefix cache
         results: dict[str, list[tuple[float, bool]]] = {name: [] for name in candidates}
         for _ in range(rounds):
@@ -195,7 +161,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         model = Path(folder) / "deep"
         deep_model(model, options.layers)
-        timings = measure(str(model), options.rounds, console)
+        timings = measure(str(model), policies(Path(folder), options.layers), options.rounds, console)
     console.print(table(timings))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from statistics import median
 
 import torch
 from environment import environment
+from pool import DTYPE, KV_HEADS, PAGE, UNIT, Requests
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -27,13 +28,13 @@ from torch.utils.cpp_extension import load
 from vllm import _custom_ops as vllm_ops
 
 from sparseserve import ops, reference
-from sparseserve.cache import cpu_views
+from sparseserve.plan import ModelShape
+from sparseserve.policies import Hip
 from sparseserve.testing.oracle import assert_as_exact
-from sparseserve.types import Bound, HeadShape, PagedKV, Selection
+from sparseserve.types import Bound, HeadShape, Selection
 
-PAGE, UNIT, BUDGET, KV_HEADS = 128, 32, 1024, 4
-POOL_BYTES, TOUCHED_BYTES = 256 << 20, 96 << 20  # both well above the last-level cache
-DTYPE = torch.bfloat16
+BUDGET = 1024
+TOUCHED_BYTES = 96 << 20  # well above the last-level cache
 
 Call = Callable[[int], object]  # does the work of request i
 
@@ -51,37 +52,6 @@ class Result:
     bytes: int
     gigabytes_per_second: float
     share_of_read: float  # of the speed of the bare read
-
-
-class Requests:
-    """Equally long requests in one page pool; request i is the row [i] of pages and one of several selections."""
-
-    def __init__(self, context: int, shape: HeadShape) -> None:
-        self.context, self.shape = context, shape
-        per_row = context // PAGE
-        page_bytes = KV_HEADS * PAGE * shape.head_dim * 4
-        self.count = max(2, POOL_BYTES // (per_row * page_bytes))
-        self.cache = torch.randn(self.count * per_row, KV_HEADS, PAGE, 2 * shape.head_dim, dtype=DTYPE)
-        self.kv: PagedKV = cpu_views(self.cache)
-        self.pages = torch.randperm(self.count * per_row).view(self.count, per_row).int()
-        self.seq_lens = torch.tensor([context], dtype=torch.int32)
-        self.query = torch.randn(1, shape.query_heads, shape.head_dim).to(DTYPE)
-        self.scale = shape.head_dim**-0.5
-
-    def row(self, i: int) -> Tensor:
-        return self.pages[i % self.count : i % self.count + 1]
-
-    def tile_starts(self, i: int, tiles: Tensor, head: int) -> Tensor:
-        """Byte offsets of the K columns of 32-token `tiles` of request i."""
-        page = self.row(i)[0].long()[tiles * UNIT // PAGE]
-        strides = self.cache.stride()
-        return 2 * (page * strides[0] + head * strides[1] + tiles * UNIT % PAGE)
-
-    def value_starts(self, i: int, tiles: Tensor, head: int) -> Tensor:
-        page = self.row(i)[0].long()[tiles * UNIT // PAGE]
-        strides = self.cache.stride()
-        dim = self.shape.head_dim
-        return 2 * (page * strides[0] + head * strides[1] + PAGE * dim + tiles * UNIT % PAGE * dim)
 
 
 def read(memory: Tensor, starts: Tensor, rows: int, row_bytes: int, stride: int, prefetch: bool) -> None:
@@ -330,10 +300,33 @@ def bench_summarize_pages(requests: Requests, rounds: int) -> list[Result]:
     return results(requests, calls, key.nbytes, rounds)
 
 
+def bench_search_blocks(requests: Requests, rounds: int) -> list[Result]:
+    """A search of all stages with hip's defaults, as every repeated step is, beside a read of all keys."""
+    policy = Hip()
+    plan = policy.plans(ModelShape("bench", 8, requests.shape, requests.context, PAGE))[-1]
+    rules = {name: getattr(policy, name) for name in ("chunk_tokens", "stage_tokens", "refresh_steps")}
+    rules |= {name: getattr(plan, name) for name in ("sink", "recent", "budget")}
+    state = torch.zeros(len(requests.cache), *policy.summary_shape(requests.shape, PAGE), dtype=torch.int32)
+    selection, expected = (Selection.empty(1, 1, policy.selection_slots(0), 8) for _ in range(2))
+
+    def call(i: int, op: Callable[..., None] = ops.search_blocks, to: Selection = selection) -> None:
+        op(requests.query, requests.kv.key, requests.row(i), requests.seq_lens, state, **rules, selection=to)
+
+    call(0)
+    call(0, reference.search_blocks, expected)
+    assert torch.equal(selection.units, expected.units)
+    lists = [[torch.arange(requests.context // UNIT)] * KV_HEADS] * requests.count
+    calls: dict[str, Call] = {"search_blocks": call}
+    for prefetch in (False, True):
+        calls[f"read keys{' ahead' * prefetch}"] = tiles_call(requests, lists, False, prefetch)
+    return results(requests, calls, KV_HEADS * requests.context * requests.shape.head_dim * 2, rounds)
+
+
 BENCHES = {
     "attend": bench_attend,
     "score_tokens": bench_score_tokens,
     "score_pages": bench_score_pages,
+    "search_blocks": bench_search_blocks,
     "select_units": bench_select_units,
     "summarize_pages": bench_summarize_pages,
 }

@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
+#include <vector>
+
 #include "kernels.h"
 #include "parallel.h"
 
@@ -211,15 +214,132 @@ void summarize_pages(const Tensor& key, const Tensor& slots, Tensor summary, int
 }
 
 void select_units(const Tensor& scores, const Tensor& seq_lens, const Tensor& sink, const Tensor& recent,
-                  const Tensor& budget, int64_t unit_tokens, Tensor spans, Tensor units, Tensor count) {
+                  const Tensor& budget, int64_t unit_tokens, std::optional<double> threshold, Tensor spans,
+                  Tensor units, Tensor count) {
   const int64_t rows = scores.size(0);
   const Selection selection = selection_of(spans, units, count, unit_tokens, rows);
   const int32_t* lens = dense<int32_t>(seq_lens, "seq_lens", ScalarType::Int, {rows});
   const Scores from = scores_of(scores, rows, selection.heads, lens, unit_tokens);
+  for (int64_t b = 0; b < rows && threshold; ++b)
+    STD_TORCH_CHECK((lens[b] + unit_tokens - 1) / unit_tokens <= selection.slots, "units.shape[2] = ", selection.slots,
+                    " is too small for every unit of ", lens[b], " tokens");
   cpu::select_units({from.data, from.row_stride, from.head_stride, rows, lens,
                      dense<int32_t>(sink, "sink", ScalarType::Int, {selection.heads}),
                      dense<int32_t>(recent, "recent", ScalarType::Int, {selection.heads}),
-                     dense<int32_t>(budget, "budget", ScalarType::Int, {selection.heads}), selection});
+                     dense<int32_t>(budget, "budget", ScalarType::Int, {selection.heads}), threshold.has_value(),
+                     static_cast<float>(threshold.value_or(0)), selection});
+}
+
+const float* table_of(const Tensor& table, const char* name, int64_t positions, int64_t dim) {
+  return dense<float>(table, name, ScalarType::Float, {positions, dim});
+}
+
+// Weights [H, inputs, E], with what follows the projection.
+GateBranch gate_of(const Tensor& weight, int64_t kv_heads, int64_t inputs, int64_t head_dim,
+                   const std::optional<Tensor>& norm, const Tensor& unrope, const std::optional<Tensor>& rope) {
+  const int64_t dim = check_head_dim(weight.size(weight.dim() - 1)), positions = unrope.size(0);
+  STD_TORCH_CHECK(weight.numel() == kv_heads * inputs * dim, "weight must have ", kv_heads, " x ", inputs, " x ", dim,
+                  " elements, not ", weight.numel());
+  check_type(weight, "weight", ScalarType::Float);
+  STD_TORCH_CHECK(weight.is_cpu() && weight.is_contiguous(), "weight must be a contiguous CPU tensor");
+  return {static_cast<const float*>(weight.const_data_ptr()), dim,
+          norm ? dense<float>(*norm, "norm", ScalarType::Float, {dim}) : nullptr,
+          table_of(unrope, "unrope", positions, head_dim), rope ? table_of(*rope, "rope", positions, dim) : nullptr};
+}
+
+// Gate keys [M, H, U, E].
+SummaryPool gate_keys_of(const Tensor& summary, int64_t kv_heads, int64_t dim) {
+  check_shape(summary, "summary", {-1, kv_heads, -1, dim});
+  check_type(summary, "summary", ScalarType::Float);
+  check_stride(summary, "summary", 2, dim);
+  check_stride(summary, "summary", 3, 1);
+  return {static_cast<float*>(summary.mutable_data_ptr()), summary.stride(0), summary.stride(1), summary.size(2)};
+}
+
+void summarize_gates(const Tensor& key, const Tensor& slots, const Tensor& positions, const Tensor& weight,
+                     std::optional<Tensor> norm, const Tensor& unrope, std::optional<Tensor> rope, Tensor summary) {
+  check_shape(key, "key", {-1, -1, -1, -1});
+  const int64_t kv_heads = key.size(1), page_size = key.size(2), head_dim = check_head_dim(key.size(3));
+  check_stride(key, "key", 2, 1);
+  check_stride(key, "key", 3, page_size);
+  const GateBranch gate = gate_of(weight, kv_heads, 3 * head_dim, head_dim, norm, unrope, rope);
+  const SummaryPool pool = gate_keys_of(summary, kv_heads, gate.dim);
+  const int64_t unit = page_size / pool.units, end = key.size(0) * page_size;
+  STD_TORCH_CHECK(page_size % pool.units == 0 && unit % 16 == 0, "a block must be a multiple of 16 tokens, not ",
+                  page_size, " / ", pool.units);
+  STD_TORCH_CHECK(summary.size(0) == key.size(0), "key and summary must have the same pages");
+  const int64_t* slot = dense<int64_t>(slots, "slots", ScalarType::Long, {-1});
+  const int64_t* position = dense<int64_t>(positions, "positions", ScalarType::Long, {slots.size(0)});
+  for (int64_t t = 0; t < slots.size(0); ++t) {
+    STD_TORCH_CHECK(slot[t] >= -1 && slot[t] < end, "slots[", t, "] = ", slot[t], " lies outside ", end, " tokens");
+    STD_TORCH_CHECK(slot[t] < 0 || (slot[t] + 1) % unit || (position[t] + 1 >= unit && position[t] < unrope.size(0)),
+                    "positions[", t, "] = ", position[t], " ends no block of ", unit, " of ", unrope.size(0),
+                    " tokens");
+  }
+  cpu::summarize_gates({{key.const_data_ptr(), key.stride(0), key.stride(1)}, dtype_of(key, "key"), kv_heads, head_dim,
+                        page_size, unit, slots.size(0), slot, position, gate, pool});
+}
+
+void score_gates(const Tensor& query, const Tensor& summary, const Tensor& pages, const Tensor& seq_lens,
+                 int64_t unit_tokens, const Tensor& weight, std::optional<Tensor> norm, const Tensor& unrope,
+                 std::optional<Tensor> rope, Tensor scores) {
+  const Query q = query_of(query);
+  const int64_t kv_heads = summary.size(1);
+  check_heads(q.heads, kv_heads, 1);
+  const GateBranch gate = gate_of(weight, kv_heads, q.heads / kv_heads * q.head_dim, q.head_dim, norm, unrope, rope);
+  const SummaryPool pool = gate_keys_of(summary, kv_heads, gate.dim);
+  const Rows rows = rows_of(pages, seq_lens, q.rows, pool.units * unit_tokens);
+  const Scores to = scores_of(scores, q.rows, kv_heads, rows.seq_lens, unit_tokens);
+  for (int64_t b = 0; b < q.rows; ++b)
+    STD_TORCH_CHECK(rows.seq_lens[b] <= unrope.size(0), "seq_lens[", b, "] = ", rows.seq_lens[b],
+                    " exceeds the ", unrope.size(0), " positions of unrope");
+  cpu::score_gates({q, pool, kv_heads, rows.pages, rows.pages_stride, rows.seq_lens, unit_tokens, gate, to.data,
+                    to.row_stride, to.head_stride});
+}
+
+// A list of positive numbers of tokens or steps.
+template <size_t N>
+void copy_list(const std::vector<int64_t>& list, const char* name, int64_t (&to)[N]) {
+  STD_TORCH_CHECK(list.size() == N, name, " must have ", N, " elements, not ", list.size());
+  for (size_t i = 0; i < N; ++i) {
+    STD_TORCH_CHECK(list[i] > 0, name, "[", i, "] must be positive, not ", list[i]);
+    to[i] = list[i];
+  }
+}
+
+void search_blocks(const Tensor& query, const Tensor& key, const Tensor& pages, const Tensor& seq_lens, Tensor state,
+                   std::vector<int64_t> chunk_tokens, std::vector<int64_t> stage_tokens,
+                   std::vector<int64_t> refresh_steps, const Tensor& sink, const Tensor& recent, const Tensor& budget,
+                   Tensor spans, Tensor units, Tensor count) {
+  SearchBlocksParams params{};
+  copy_list(chunk_tokens, "chunk_tokens", params.chunk_tokens);
+  copy_list(stage_tokens, "stage_tokens", params.stage_tokens);
+  copy_list(refresh_steps, "refresh_steps", params.refresh_steps);
+  params.query = query_of(query);
+  params.cache = key_cache(key, params.query, pages, seq_lens);
+  const int64_t unit = params.chunk_tokens[kSearchStages - 1];
+  params.selection = selection_of(spans, units, count, unit, params.query.rows);
+  const int64_t heads = params.selection.heads;
+  check_heads(params.query.heads, params.cache.heads, heads);
+  params.sink = dense<int32_t>(sink, "sink", ScalarType::Int, {heads});
+  for (int64_t h = 0; h < heads; ++h)
+    STD_TORCH_CHECK(params.sink[h] % unit == 0, "sink[", h, "] must be a multiple of ", unit, ", not ", params.sink[h]);
+  params.recent = dense<int32_t>(recent, "recent", ScalarType::Int, {heads});
+  params.budget = dense<int32_t>(budget, "budget", ScalarType::Int, {heads});
+  check_shape(state, "state", {key.size(0), heads, -1});
+  check_type(state, "state", ScalarType::Int);
+  check_stride(state, "state", 2, 1);
+  int64_t words = 1 + kSearchStages + params.selection.slots;
+  for (int i = 0; i + 1 < kSearchStages; ++i) {
+    STD_TORCH_CHECK(params.chunk_tokens[i] % params.chunk_tokens[i + 1] == 0, "chunk_tokens[", i,
+                    "] must be a multiple of chunk_tokens[", i + 1, "]");
+    words += params.stage_tokens[i] / params.chunk_tokens[i];
+  }
+  STD_TORCH_CHECK(state.size(2) >= words, "state.shape[2] must be at least ", words, ", not ", state.size(2));
+  params.state = static_cast<int32_t*>(state.mutable_data_ptr());
+  params.state_page_stride = state.stride(0);
+  params.state_head_stride = state.stride(1);
+  cpu::search_blocks(params);
 }
 
 }  // namespace
@@ -230,6 +350,9 @@ STABLE_TORCH_LIBRARY_IMPL(sparseserve, CPU, m) {
   m.impl("score_pages", TORCH_BOX(&score_pages));
   m.impl("summarize_pages", TORCH_BOX(&summarize_pages));
   m.impl("select_units", TORCH_BOX(&select_units));
+  m.impl("summarize_gates", TORCH_BOX(&summarize_gates));
+  m.impl("score_gates", TORCH_BOX(&score_gates));
+  m.impl("search_blocks", TORCH_BOX(&search_blocks));
 }
 
 // Without tensors there is nothing to dispatch on: these two are called through ctypes.

@@ -34,6 +34,17 @@ struct Ahead {
   uint32_t mask = 0;
 };
 
+// Chunks of one row.
+struct Chunks {
+  const int32_t* pages;   // of the row
+  const int32_t* starts;  // [count] tokens
+  int64_t count;
+  int64_t tokens;         // of a chunk; the row's end cuts it short
+  int64_t length;         // of the row
+};
+
+constexpr int64_t kDotTiles = 16;  // tiles whose q.k are remembered
+
 struct Isa {
   const char* name;
 
@@ -53,6 +64,14 @@ struct Isa {
   void (*load_queries)(const Query&, int64_t row, int64_t head, int64_t heads, float* queries);
   // Dims [dim, dim + 16) of one KV head over all tokens, strictly in order.
   void (*summarize_dims)(const SummarizeParams&, int64_t head, int64_t dim);
+  // Raises the scores of chunks to the best of the group's heads. queries: [heads, D] scratch; dots: [kDotTiles, heads,
+  // 32] scratch.
+  void (*chunk_scores)(const SearchBlocksParams&, const HeadGroup&, const Chunks&, float* queries, float* dots,
+                       float* scores);
+  // Gate keys, of all KV heads, of the block that `token` completes; angles is [D, unit_tokens] scratch.
+  void (*summarize_gate)(const SummarizeGatesParams&, int64_t token, float* angles);
+  // Scores of all units of one row and KV head.
+  void (*score_gates)(const ScoreGatesParams&, int64_t row, int64_t head);
 };
 
 const Isa& isa();

@@ -12,6 +12,9 @@ void score_tokens(const ScoreTokensParams& params);
 void score_pages(const ScorePagesParams& params);
 void summarize_pages(const SummarizeParams& params);
 void select_units(const SelectParams& params);
+void search_blocks(const SearchBlocksParams& params);
+void summarize_gates(const SummarizeGatesParams& params);
+void score_gates(const ScoreGatesParams& params);
 
 // The instruction set in use: the best one of this machine until another one is chosen.
 const char* isa_name();

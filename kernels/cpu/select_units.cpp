@@ -51,25 +51,38 @@ void take_best(const float* scores, int64_t first, int64_t last, int64_t count, 
   }
 }
 
+// Writes those of units [first, last) that score above the threshold, ascending; returns how many.
+int64_t take_above(const float* scores, int64_t first, int64_t last, float threshold, int32_t* units) {
+  int64_t taken = 0;
+  for (int64_t u = first; u < last; ++u)
+    if (scores[u] > threshold) units[taken++] = static_cast<int32_t>(u);
+  return taken;
+}
+
 void select(const SelectParams& params, int64_t row, int64_t head) {
   const Selection& selection = params.selection;
   const int64_t at = row * selection.heads + head, unit = selection.unit_tokens;
   const int64_t length = params.seq_lens[row], sink = params.sink[head], recent = params.recent[head];
   int32_t* spans = selection.spans + 2 * at;
   selection.count[at] = 0;
-  if (length <= params.budget[head]) {
+  if (!params.by_threshold && length <= params.budget[head]) {
     spans[0] = spans[1] = static_cast<int32_t>(length);
     return;
   }
-  spans[0] = static_cast<int32_t>(sink);
-  spans[1] = static_cast<int32_t>(length - recent);
+  spans[0] = static_cast<int32_t>(std::min(sink, length));
+  spans[1] = static_cast<int32_t>(std::max(length - recent, int64_t{spans[0]}));
   const int64_t first = sink / unit, last = (length - recent + unit - 1) / unit;
+  const float* scores = params.scores + row * params.scores_row_stride + head * params.scores_head_stride;
+  int32_t* units = selection.units + at * selection.slots;
+  if (params.by_threshold) {
+    selection.count[at] = static_cast<int32_t>(take_above(scores, first, last, params.threshold, units));
+    return;
+  }
   const int64_t count =
       std::min({last - first, (params.budget[head] - sink - recent) / unit, selection.slots});
   if (count <= 0) return;
   selection.count[at] = static_cast<int32_t>(count);
-  take_best(params.scores + row * params.scores_row_stride + head * params.scores_head_stride, first, last, count,
-            selection.units + at * selection.slots);
+  take_best(scores, first, last, count, units);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from sparseserve.cli import demo, doctor, policies, serve
+from sparseserve.cli import convert, demo, doctor, explain, inspect, policies, serve
 from sparseserve.errors import SparseServeError
 
 
@@ -33,7 +33,11 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 VLLM_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
-app.command(context_settings=VLLM_ARGUMENTS, options_metavar="MODEL [OPTIONS] [any option of vllm serve]")(serve.serve)
+VLLM_OPTIONS = "MODEL [OPTIONS] [any option of vllm serve]"
+app.command(context_settings=VLLM_ARGUMENTS, options_metavar=VLLM_OPTIONS)(serve.serve)
+app.command(context_settings=VLLM_ARGUMENTS, options_metavar=VLLM_OPTIONS)(explain.explain)
 app.command()(policies.policies)
+app.command()(convert.convert)
+app.command()(inspect.inspect)
 app.command()(doctor.doctor)
 app.command()(demo.demo)

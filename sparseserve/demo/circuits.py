@@ -72,7 +72,7 @@ _HALF = HEAD_DIM // 2
 _FAST = slice(0, 5)  # rotary pairs: 1, 0.12, 0.013, 0.0015 and 0.00018 radians per token
 _FAST_KEY = 20.0
 _SLOW = [*range(6, _HALF), *range(_HALF + 6, HEAD_DIM)]  # dimensions that hold content
-_BIT_DIMS, _SIZE_DIM, _REST_DIM = _SLOW[:BITS], _SLOW[BITS], _SLOW[BITS + 1]
+_BIT_DIMS, SIZE_DIM, _REST_DIM = _SLOW[:BITS], _SLOW[BITS], _SLOW[BITS + 1]
 _SCALE = HEAD_DIM**0.5
 _BIT_KEY = 8.0
 
@@ -185,12 +185,12 @@ class Attention:
         """Attend to the position before which the fingerprint was what it is here; without a match, to <s>."""
         here, before = _bank(HERE, fingerprint), _bank(BEFORE, fingerprint)
         self.k[kv_head, _BIT_DIMS, before] = _BIT_KEY * torch.eye(BITS)
-        self.k[kv_head, _SIZE_DIM, before] = 1.0
+        self.k[kv_head, SIZE_DIM, before] = 1.0
         self.k[kv_head, _REST_DIM, BOS] = _BIT_KEY
         unit = sharpness * _SCALE / _BIT_KEY
         for head in _group(kv_head):
             self.q[head, _BIT_DIMS, here] = unit * torch.eye(BITS)
-            self.q_bias[head, _SIZE_DIM] = -sharpness * _SCALE / 2
+            self.q_bias[head, SIZE_DIM] = -sharpness * _SCALE / 2
             self.q[head, _REST_DIM, here] = unit / 2 * REST_SHARE
             self.q_bias[head, _REST_DIM] = unit / 2 * REST_BITS
 

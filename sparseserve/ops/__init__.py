@@ -1,4 +1,4 @@
-"""The five operations of sparse decode, dispatched to the compiled kernel of the tensors' device.
+"""The operations of sparse decode, dispatched to the compiled kernel of the tensors' device.
 
 Shapes use the alphabet of `sparseserve.types`. Every op has a definition in plain torch under the same name in
 `sparseserve.reference`. Wrong shapes, dtypes or strides raise RuntimeError with the argument's name; missing kernels
@@ -10,13 +10,26 @@ CPU layout: strides of pages and heads are free; within a page and head K is den
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sparseserve.ops.library import isa, kernels, use_isa
-from sparseserve.types import Bound, PagedKV, Selection
+from sparseserve.types import Bound, Gate, PagedKV, Selection
 
-__all__ = ["attend", "isa", "score_pages", "score_tokens", "select_units", "summarize_pages", "use_isa"]
+__all__ = [
+    "attend",
+    "isa",
+    "score_gates",
+    "score_pages",
+    "score_tokens",
+    "search_blocks",
+    "select_units",
+    "summarize_gates",
+    "summarize_pages",
+    "use_isa",
+]
 
 _BOUNDS = {bound: number for number, bound in enumerate(Bound)}
 
@@ -76,18 +89,124 @@ def score_tokens(
     return scores
 
 
+def summarize_gates(key: Tensor, slots: Tensor, positions: Tensor, gate: Gate, summary: Tensor) -> None:
+    """Write the gate keys of the units that just-written tokens complete, from the keys of the cache.
+
+    key [M, H, P, D]; slots [T] int64, page * P + offset or -1 for padding; positions [T] int64; summary [M, H, U, E]
+    fp32, dense from U on; units of P / U tokens, a multiple of 16. Keys are un-rotated at their positions and pooled to
+    [max, min, mean]; projection, RMS norm (eps 1e-6) and rotation at the unit's first position follow (SeerAttention-R,
+    arXiv 2506.08889). The arithmetic of a unit has one order, whatever else is summarized.
+    """
+    kernels()
+    torch.ops.sparseserve.summarize_gates(
+        key, slots, positions, gate.key, gate.key_norm, gate.unrope, gate.rope, summary
+    )
+
+
+def score_gates(
+    query: Tensor,
+    summary: Tensor,
+    pages: Tensor,
+    seq_lens: Tensor,
+    unit_tokens: int,
+    gate: Gate,
+    scores: Tensor | None = None,
+) -> Tensor:
+    """The logarithm of the share that a gate gives to every complete unit, and infinity for the last unit.
+
+    query [B, Hq, D], rotated at seq_len - 1; summary [M, H, U, E] fp32, gate keys; pages [B, N] int32; seq_lens [B]
+    int32; scores [B, H, >= units] fp32. Logits are q.k / sqrt(E); an incomplete last unit takes part in the softmax
+    with a logit of 0 (SeerAttention-R, arXiv 2506.08889). Units at or beyond the length are left as they are.
+    """
+    kernels()
+    if scores is None:
+        shape = query.shape[0], summary.shape[1], pages.shape[1] * summary.shape[2]
+        scores = query.new_full(shape, -torch.inf, dtype=torch.float32)
+    torch.ops.sparseserve.score_gates(
+        query, summary, pages, seq_lens, unit_tokens, gate.query, gate.query_norm, gate.unrope, gate.rope, scores
+    )
+    return scores
+
+
 def select_units(
-    scores: Tensor, seq_lens: Tensor, sink: Tensor, recent: Tensor, budget: Tensor, selection: Selection
+    scores: Tensor,
+    seq_lens: Tensor,
+    sink: Tensor,
+    recent: Tensor,
+    budget: Tensor,
+    selection: Selection,
+    threshold: float | None = None,
 ) -> None:
     """Fill `selection` with sink, recent tokens and the best units that the budget still allows.
 
-    scores [B, Hs, >= units] fp32; seq_lens [B] int32; sink, recent, budget [Hs] int32 tokens, sink + recent <= budget,
-    recent >= 1. Rows within the budget are selected whole, without units. Ties go to the lower unit, NaN is the lowest
-    score.
+    scores [B, Hs, >= units] fp32; seq_lens [B] int32; sink, recent, budget [Hs] int32 tokens, sink + recent <= budget.
+    Rows within the budget are selected whole, without units. Ties go to the lower unit, NaN is the lowest score. With a
+    threshold, the units that score above it are selected instead, whatever the budget; the slots must hold all units.
     """
     kernels()
     torch.ops.sparseserve.select_units(
-        scores, seq_lens, sink, recent, budget, selection.unit_tokens, selection.spans, selection.units, selection.count
+        scores,
+        seq_lens,
+        sink,
+        recent,
+        budget,
+        selection.unit_tokens,
+        threshold,
+        selection.spans,
+        selection.units,
+        selection.count,
+    )
+
+
+def search_blocks(
+    query: Tensor,
+    key: Tensor,
+    pages: Tensor,
+    seq_lens: Tensor,
+    state: Tensor,
+    *,
+    chunk_tokens: Sequence[int],
+    stage_tokens: Sequence[int],
+    refresh_steps: Sequence[int],
+    sink: Tensor,
+    recent: Tensor,
+    budget: Tensor,
+    selection: Selection,
+) -> None:
+    """Fill `selection` with sink, recent tokens and the units that a search in three stages finds, reading few keys.
+
+    query [B, Hq, D]; key [M, H, P, D] of the same dtype; pages [B, N] int32; seq_lens [B] int32; sink, recent, budget
+    [Hs] int32 tokens, sink a multiple of the last chunk; selection in units of the last chunk. Rows within the budget
+    are selected whole, without units.
+
+    A stage scores its chunks of chunk_tokens[i] tokens and keeps stage_tokens[i] tokens of the best, the last stage
+    what the budget allows; ties go to the lower chunk. What is kept is split into the chunks of the next stage. The
+    first chunks begin at the sink; the last one starts no later than max(recent - chunk_tokens[0], 0) tokens before the
+    current token. The score of a chunk is the largest q.k, in fp32 and over the query heads of a selection head, met by
+    a midpoint search (InfiniteHiP, arXiv 2502.08910): halve the chunk, probe the middle of both halves, go on in the
+    half whose probe is larger, in the right one of equal halves.
+
+    state [M, Hs, >= 4 + C1 + C2 + S] int32, Ci = stage_tokens[i] // chunk_tokens[i], remembers in the row's last page
+    the length at which the row was searched (0: never), the number of chunks that each stage kept, and their first
+    tokens. A step searches all stages, unless an earlier token of the page has been searched; then it begins with the
+    first stage i whose refresh_steps[i] divides the offset of the current token in its page, or only reuses the units.
+    """
+    kernels()
+    torch.ops.sparseserve.search_blocks(
+        query,
+        key,
+        pages,
+        seq_lens,
+        state,
+        chunk_tokens,
+        stage_tokens,
+        refresh_steps,
+        sink,
+        recent,
+        budget,
+        selection.spans,
+        selection.units,
+        selection.count,
     )
 
 

@@ -14,8 +14,15 @@ SCHEMAS = {
     "Tensor(a!) scores) -> ()",
     "score_tokens": "(Tensor query, Tensor key, Tensor pages, Tensor seq_lens, Tensor lse, float scale, "
     "int unit_tokens, Tensor(a!) scores) -> ()",
+    "summarize_gates": "(Tensor key, Tensor slots, Tensor positions, Tensor weight, Tensor? norm, Tensor unrope, "
+    "Tensor? rope, Tensor(a!) summary) -> ()",
+    "score_gates": "(Tensor query, Tensor summary, Tensor pages, Tensor seq_lens, int unit_tokens, Tensor weight, "
+    "Tensor? norm, Tensor unrope, Tensor? rope, Tensor(a!) scores) -> ()",
     "select_units": "(Tensor scores, Tensor seq_lens, Tensor sink, Tensor recent, Tensor budget, int unit_tokens, "
-    "Tensor(a!) spans, Tensor(b!) units, Tensor(c!) count) -> ()",
+    "float? threshold, Tensor(a!) spans, Tensor(b!) units, Tensor(c!) count) -> ()",
+    "search_blocks": "(Tensor query, Tensor key, Tensor pages, Tensor seq_lens, Tensor(a!) state, int[] chunk_tokens, "
+    "int[] stage_tokens, int[] refresh_steps, Tensor sink, Tensor recent, Tensor budget, Tensor(b!) spans, "
+    "Tensor(c!) units, Tensor(d!) count) -> ()",
     "attend": "(Tensor query, Tensor key, Tensor value, Tensor pages, Tensor seq_lens, Tensor spans, Tensor units, "
     "Tensor count, int unit_tokens, float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) attended) -> ()",
 }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
@@ -52,7 +52,8 @@ def rope_table(vllm_config: VllmConfig, head_dim: int) -> Tensor:
     """
     model = vllm_config.model_config
     parameters = getattr(model.hf_text_config, "rope_parameters", None)
-    rope = get_rope(head_dim, model.max_model_len, rope_parameters=parameters, dtype=torch.float32)
+    with set_current_vllm_config(vllm_config, check_compile=False):
+        rope = get_rope(head_dim, model.max_model_len, rope_parameters=parameters, dtype=torch.float32)
     if rope.rotary_dim != head_dim or not rope.is_neox_style or rope.cos_sin_cache.dim() != 2:
         allowed = "a rotary embedding of the whole head, in halves"
         raise UnsupportedError(Problem("rope_parameters", parameters, allowed, remedy="take a policy without gates"))

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import prod
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from sparseserve import artifacts
+from sparseserve.artifacts import Artifact, Kind
 from sparseserve.errors import ArtifactError, Problem
 from sparseserve.plan import ModelShape
 from sparseserve.types import HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step
-
-if TYPE_CHECKING:
-    from sparseserve.artifacts import Artifact, Kind
 
 Tokens = Annotated[int, Field(ge=0)]
 PositiveTokens = Annotated[int, Field(ge=1)]
@@ -143,9 +142,7 @@ class BudgetPolicy(Policy):
 
 def load_artifact(source: str, kind: Kind) -> Artifact:
     """The artifact, which must be of the kind that a policy reads."""
-    from sparseserve.artifacts import load
-
-    artifact = load(source)
+    artifact = artifacts.load(source)
     if artifact.kind != kind:
         allowed = f"an artifact of the kind {kind}"
         raise ArtifactError(Problem("artifact", source, allowed, remedy=f"serve it with --policy {artifact.kind}"))

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from sparseserve import ops
+from sparseserve.errors import MISSING, ConfigError
 from sparseserve.plan import ModelShape
 from sparseserve.policies.base import BudgetPolicy
 from sparseserve.types import LayerPlan, PagedKV, Role, Scope, Step
+
+
+class Reselection(NamedTuple):
+    """Where a model chooses its tokens again."""
+
+    model: str  # what the lower-case name of the model must contain
+    layers: int  # L of that model
+    layer: int
+    source: str
+
+
+TIDAL_PAPER = "arXiv 2410.05076"
+LESS_IS_MORE = "github.com/DerrickYLJ/LessIsMore, run_eval_slurm.sh"
+# Missing on purpose: Llama-3-70B, for which the paper counts 64 layers and the model has 80.
+RESELECTIONS = [
+    Reselection("llama-2-7b", 32, 7, TIDAL_PAPER),
+    Reselection("longchat-7b", 32, 7, TIDAL_PAPER),
+    Reselection("llama-3-8b", 32, 13, "github.com/DerrickYLJ/TidalDecode, the default of enable_tidal"),
+    Reselection("llama-3.1-8b", 32, 13, "github.com/DerrickYLJ/LessIsMore, its kernels' layers 2 and 13"),
+    Reselection("llama-3.2-3b", 28, 13, f"{TIDAL_PAPER}, as 12 to 13"),
+    Reselection("qwen3-8b", 36, 12, LESS_IS_MORE),
+    Reselection("qwen3-4b", 36, 20, LESS_IS_MORE),
+]
 
 
 def _scope(value: object) -> object:
@@ -31,7 +56,9 @@ class Tidal(BudgetPolicy):
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.05076"
 
     select_layer: Annotated[int, Field(ge=0)] = Field(2, description="first selection layer, dense before it")
-    reselect_layer: Annotated[int, Field(ge=0)] = Field(description="second selection layer, 13 for Llama-3.1-8B")
+    reselect_layer: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="second selection layer; without it the one published for the model"
+    )
     scope: Annotated[Scope, BeforeValidator(_scope)] = Field(Scope.KV_HEAD, description="heads that share a selection")
     unit_tokens: Literal[1, 16, 32, 64] = Field(1, description="tokens per unit of the selection")
 
@@ -45,15 +72,20 @@ class Tidal(BudgetPolicy):
 
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         model.check_layer("select_layer", self.select_layer)
-        model.check_layer("reselect_layer", self.reselect_layer, first=self.select_layer)
-        return tuple(self._plan(layer, model) for layer in range(model.layers))
+        reselect_layer = published_reselection(model) if self.reselect_layer is None else self.reselect_layer
+        model.check_layer("reselect_layer", reselect_layer, first=self.select_layer)
+        return tuple(self._plan(layer, reselect_layer, model) for layer in range(model.layers))
 
-    def _plan(self, layer: int, model: ModelShape) -> LayerPlan:
+    def _plan(self, layer: int, reselect_layer: int, model: ModelShape) -> LayerPlan:
         if layer < self.select_layer:
             return LayerPlan(layer, Role.DENSE, dense_output=True)
-        if layer in (self.select_layer, self.reselect_layer):
+        if layer in (self.select_layer, reselect_layer):
             return self.select_plan(layer, model.heads, dense_output=True)
         return LayerPlan(layer, Role.REUSE)
+
+    def scored_bytes(self, plan: LayerPlan, model: ModelShape, length: int, element_bytes: int) -> int:
+        heads = model.heads
+        return length * heads.kv_heads * heads.head_dim * element_bytes if plan.role is Role.SELECT else 0
 
     def select(
         self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float
@@ -71,3 +103,18 @@ class Tidal(BudgetPolicy):
             scores=step.scores,
         )
         ops.select_units(step.scores, table.seq_lens, plan.sink, plan.recent, plan.budget, step.selection)
+
+
+def published_reselection(model: ModelShape) -> int:
+    """The second selection layer that was published for a model; ConfigError for any other."""
+    name = Path(model.name).name.lower()
+    for row in RESELECTIONS:
+        if row.model in name and row.layers == model.layers:
+            return row.layer
+    known = ", ".join(f"{row.model} ({row.layers} layers: {row.layer})" for row in RESELECTIONS)
+    raise ConfigError(
+        "reselect_layer",
+        MISSING,
+        allowed=f"a layer up to {model.layers - 1} for {model.name}; published are {known}",
+        remedy="give --set reselect_layer=N; measure which N answers best",
+    )

@@ -14,7 +14,7 @@ def row_tokens(pool: Tensor, pages: Tensor, length: int) -> Tensor:
 
 
 def row_units(summary: Tensor, pages: Tensor, units: int) -> Tensor:
-    """The first `units` units of one row: summary [M, H, U, 2, D], pages [N] int32 -> [H, units, 2, D]."""
+    """The first `units` units of one row: summary [M, H, U, ...], pages [N] int32 -> [H, units, ...]."""
     used = pages[: -(-units // summary.shape[2])].long()
     return summary[used].transpose(0, 1).flatten(1, 2)[:, :units]
 

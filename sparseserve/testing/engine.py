@@ -2,17 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from sparseserve.policies import Policy
+from sparseserve.types import NewTokens
 
 
-def rebind(worker: Any, policy: Policy) -> None:
+def rebind(worker: Any, policy: Policy, pages: Sequence[int] = ()) -> None:
     """Put every attention layer of a vLLM worker under `policy`; give it to `LLM.collective_rpc`.
 
-    The engine must have been started with a policy whose pages have room for the summaries of this one.
+    The engine must have been started with a policy whose pages have room for the summaries of this one. Summaries of
+    cached pages are those of the policy before: reset the prefix cache, or name in `pages` the full pages of a row, in
+    order, whose summaries are to be rebuilt from their keys and values.
     """
+    layers = worker.model_runner.compilation_config.static_forward_context
     for groups in worker.model_runner.attn_groups:
         for group in groups:
             for builder in group.metadata_builders:
                 builder.bind(policy)
+            for name in group.layer_names if pages else ():
+                _rebuild(layers[name], policy, torch.tensor(pages))
+
+
+def running_pages(worker: Any) -> list[int]:
+    """The full pages of the first running request, in order."""
+    batch = worker.model_runner.input_batch
+    table = batch.block_table[0]
+    full = int(batch.num_tokens_no_spec[0]) // table.block_size
+    pages: list[int] = table.block_table.np[0, :full].tolist()
+    return pages
+
+
+def _rebuild(layer: Any, policy: Policy, pages: torch.Tensor) -> None:
+    bound = layer.impl._bound(layer.kv_cache)
+    if bound.summary is None:
+        return
+    size = bound.kv.page_size
+    key, value = (pool[pages].transpose(1, 2).flatten(0, 1) for pool in (bound.kv.key, bound.kv.value))
+    slots = (pages[:, None] * size + torch.arange(size)).flatten()
+    new = NewTokens(key.contiguous(), value.contiguous(), slots, torch.arange(len(slots)))
+    policy.summarize(new, bound.kv, bound.summary, bound.plan)

@@ -24,7 +24,7 @@ def test_policies_lists_names_keys_and_papers() -> None:
         assert name in output
         assert all(key in output for key in cls.model_fields)
     assert "budget_tokens=1024" in output
-    assert "reselect_layer=(required)" in output
+    assert "artifact=(required)" in output
 
 
 def test_policies_as_json() -> None:
@@ -32,7 +32,7 @@ def test_policies_as_json() -> None:
     assert list(described) == list(POLICIES)
     assert described["quest"]["paper"] == Quest.paper
     assert described["quest"]["parameters"]["unit_tokens"]["enum"] == [16, 32, 64]
-    assert "default" not in described["tidal"]["parameters"]["reselect_layer"]
+    assert "default" not in described["moa"]["parameters"]["artifact"]
 
 
 def test_policies_prints_the_schema_of_a_policy_file() -> None:

@@ -10,9 +10,10 @@ from sparseserve.types import Selection
 
 
 def select(function: object, scores: torch.Tensor, lengths: list[int], bounds: torch.Tensor, slots: int,
-           unit: int) -> Selection:  # fmt: skip
+           unit: int, threshold: float | None = None) -> Selection:  # fmt: skip
     selection = Selection.empty(len(lengths), scores.shape[1], slots, unit)
-    function(scores, torch.tensor(lengths, dtype=torch.int32), *bounds.int(), selection)  # type: ignore[operator]
+    seq_lens = torch.tensor(lengths, dtype=torch.int32)
+    function(scores, seq_lens, *bounds.int(), selection, threshold=threshold)  # type: ignore[operator]
     return selection
 
 
@@ -28,7 +29,7 @@ def test_equals_reference(data: st.DataObject) -> None:
     unit, heads, rows = draw(st.sampled_from([1, 16, 32, 64])), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     lengths = draw(st.lists(st.integers(0, 40 * unit), min_size=rows, max_size=rows))
     sink = torch.tensor(draw(st.lists(st.integers(0, 3 * unit), min_size=heads, max_size=heads)))
-    recent = torch.tensor(draw(st.lists(st.integers(1, 3 * unit), min_size=heads, max_size=heads)))
+    recent = torch.tensor(draw(st.lists(st.integers(0, 3 * unit), min_size=heads, max_size=heads)))
     extra = torch.tensor(draw(st.lists(st.integers(0, 20 * unit), min_size=heads, max_size=heads)))
     # Few values, so that ties are common.
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-30, torch.nan, torch.inf, -torch.inf])
@@ -36,8 +37,10 @@ def test_equals_reference(data: st.DataObject) -> None:
         torch.randint(8, (rows, heads, 41), generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
     ]
     bounds = torch.stack([sink, recent, sink + recent + extra])
-    slots = draw(st.integers(1, 25))
-    assert_same(*(select(f, scores, lengths, bounds, slots, unit) for f in (ops.select_units, reference.select_units)))
+    threshold = draw(st.sampled_from([None, -torch.inf, -1.0, 0.0, 0.5]))
+    slots = 40 if threshold is not None else draw(st.integers(1, 25))
+    both = ops.select_units, reference.select_units
+    assert_same(*(select(function, scores, lengths, bounds, slots, unit, threshold) for function in both))
 
 
 def test_ties_go_to_the_lower_unit() -> None:
@@ -45,6 +48,17 @@ def test_ties_go_to_the_lower_unit() -> None:
     selection = select(ops.select_units, scores, [64 * 16], torch.tensor([[32], [16], [32 + 16 + 5 * 16]]), 64, 16)
     assert selection.units[0, 0, :5].tolist() == [2, 3, 4, 5, 6]
     assert selection.spans[0, 0].tolist() == [32, 63 * 16]
+
+
+def test_a_threshold_replaces_the_budget() -> None:
+    scores = torch.tensor([[[3.0, -1.0, torch.inf, 0.5, 0.5001, torch.nan, 9.0]]])
+    selection = select(ops.select_units, scores, [97], torch.tensor([[0], [0], [16]]), 7, 16, threshold=0.5)
+    assert selection.units[0, 0, : selection.count[0, 0]].tolist() == [0, 2, 4, 6]
+    assert selection.spans[0, 0].tolist() == [0, 97]
+    short = select(ops.select_units, scores, [16], torch.tensor([[4], [8], [64]]), 7, 16, threshold=3.0)
+    assert short.count.item() == 0 and short.spans[0, 0].tolist() == [4, 8]  # no row is too short for a threshold
+    with pytest.raises(RuntimeError, match="too small for every unit"):
+        select(ops.select_units, scores, [97], torch.tensor([[0], [0], [16]]), 6, 16, threshold=0.5)
 
 
 def test_nan_is_the_lowest_score() -> None:

@@ -1,80 +1,75 @@
 """One engine with few pages, under every policy in turn: preemption, chunked prefill, budgets over the context."""
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from offline import Engine
 
-from sparseserve.config import to_dict
-from sparseserve.demo.build import build
-from sparseserve.demo.circuits import RESELECT_LAYER
+from sparseserve.demo import circuits
+from sparseserve.demo.gates import build_gates
 from sparseserve.demo.questions import ask
-from sparseserve.policies import Dense, Policy, Quest, Streaming, Tidal
-from sparseserve.testing.engine import rebind
+from sparseserve.policies import S2, BudgetPolicy, Dense, Hip, Moa, Policy, Quest, Retrieval, Seer, Streaming, Tidal
+from sparseserve.testing.plans import write_head_map, write_moa_plan
 from sparseserve.types import Bound, Scope
 
 pytestmark = pytest.mark.e2e
 
 PAGES, MAX_TOKENS = 48, 1280
-POLICIES: dict[str, Policy] = {
-    "dense": Dense(min_tokens=0),
-    "streaming": Streaming(min_tokens=0, recent_tokens=508),
-    "quest": Quest(min_tokens=0, budget_tokens=768),
-    "quest-min_max": Quest(min_tokens=0, budget_tokens=512, bound=Bound.MIN_MAX),
-    "tidal": Tidal(min_tokens=0, budget_tokens=512, reselect_layer=RESELECT_LAYER),
-    "tidal-query_head": Tidal(
-        min_tokens=0, budget_tokens=512, reselect_layer=RESELECT_LAYER, scope=Scope.QUERY_HEAD, unit_tokens=16
-    ),
-}
+BUDGETED = ["quest", "quest-min_max", "tidal", "tidal-query_head", "hip", "seer"]
+NAMES = ["dense", "streaming", *BUDGETED, "moa", "retrieval", "s2"]
 # long values, so that answers grow over page boundaries while others wait
 QUESTIONS = [ask(1100 + 3 * seed, 0.93, seed, distractors=0, value_length=90) for seed in range(12)]
 
 
-class Engine:
-    """vLLM's offline API with a policy that can be exchanged."""
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    retrieval = set(circuits.retrieval_heads())
+    plan = write_moa_plan(folder / "moa.json", lambda head: (0, 1) if head in retrieval else (64, 0.1))
+    build_gates(folder / "gates.safetensors")
+    hip: dict[str, Any] = {"sink_tokens": 64, "recent_tokens": 192, "wide_layers": 0, "scope": "kv_head"}
+    tidal: dict[str, Any] = {"budget_tokens": 512, "reselect_layer": circuits.RESELECT_LAYER}
+    return {
+        "dense": Dense(min_tokens=0),
+        "streaming": Streaming(min_tokens=0, recent_tokens=508),
+        "quest": Quest(min_tokens=0, budget_tokens=768),
+        "quest-min_max": Quest(min_tokens=0, budget_tokens=512, bound=Bound.MIN_MAX),
+        "tidal": Tidal(min_tokens=0, **tidal),
+        "tidal-query_head": Tidal(min_tokens=0, scope=Scope.QUERY_HEAD, unit_tokens=16, **tidal),
+        "hip": Hip(min_tokens=0, budget_tokens=768, chunk_tokens=(64, 16, 2), refresh_steps=(4, 2, 1), **hip),
+        "seer": Seer(min_tokens=0, budget_tokens=768, artifact=str(folder / "gates.safetensors")),
+        "moa": Moa(min_tokens=0, artifact=plan),
+        "retrieval": Retrieval(
+            min_tokens=0,
+            artifact=write_head_map(folder / "heads.json", retrieval),
+            recent_tokens=128,
+            compensate=True,
+        ),
+        "s2": S2(min_tokens=0, local_blocks=8),
+    }
 
-    def __init__(self, model: Path) -> None:
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-        from vllm import LLM
 
-        self.llm = LLM(
-            str(model),
-            max_model_len=MAX_TOKENS,
-            max_num_seqs=16,
-            max_num_batched_tokens=1500,  # prompts are chunked, and prefill shares its steps with decodes
-            num_gpu_blocks_override=PAGES,
-            enforce_eager=True,
-            disable_log_stats=False,
-            additional_config={"sparseserve": to_dict(Quest())},
-        )
-
-    def bind(self, policy: Policy) -> None:
-        self.llm.collective_rpc(rebind, args=(policy,))
-        self.llm.reset_prefix_cache()
-
-    def answer(self, prompts: list[str]) -> list[str]:
-        from vllm import SamplingParams
-
-        outputs = self.llm.generate(prompts, SamplingParams(temperature=0, max_tokens=100), use_tqdm=False)
-        return [output.outputs[0].text for output in outputs]
-
-    def metric(self, name: str) -> float:
-        value: Any = sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
-        return float(value)
+def over_the_context(policy: Policy) -> Policy:
+    """The policy with a budget that no row reaches."""
+    key = "budget_tokens" if isinstance(policy, BudgetPolicy) else "recent_tokens"
+    return policy.model_copy(update={key: 4096})
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    model = tmp_path_factory.mktemp("engine") / "demo"
-    build(model)
-    yield Engine(model)
+def engine(start: Callable[..., Engine], policies: dict[str, Policy]) -> Engine:
+    return start(
+        [*policies.values(), over_the_context(policies["hip"])],
+        max_model_len=MAX_TOKENS,
+        max_num_batched_tokens=1500,  # prompts are chunked, and prefill shares its steps with decodes
+        num_gpu_blocks_override=PAGES,
+        enforce_eager=True,
+    )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_preempted_requests_answer_as_alone(engine: Engine, policy: str) -> None:
-    engine.bind(POLICIES[policy])
+@pytest.mark.parametrize("name", NAMES)
+def test_preempted_requests_answer_as_alone(engine: Engine, policies: dict[str, Policy], name: str) -> None:
+    engine.bind(policies[name])
     preemptions = engine.metric("vllm:num_preemptions")
     together = engine.answer([question.prompt for question in QUESTIONS])
     assert engine.metric("vllm:num_preemptions") > preemptions
@@ -84,11 +79,10 @@ def test_preempted_requests_answer_as_alone(engine: Engine, policy: str) -> None
     assert engine.metric("vllm:kv_cache_usage_perc") == engine.metric("vllm:num_requests_running") == 0
 
 
-@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "dense"])
-def test_a_budget_over_the_context_is_dense(engine: Engine, policy: str) -> None:
+@pytest.mark.parametrize("name", ["streaming", *BUDGETED])
+def test_a_budget_over_the_context_is_dense(engine: Engine, policies: dict[str, Policy], name: str) -> None:
     prompts = [question.prompt for question in QUESTIONS[:3]]
-    engine.bind(Dense(min_tokens=0))
+    engine.bind(policies["dense"])
     dense = engine.answer(prompts)
-    budget = {"recent_tokens": 4096} if policy == "streaming" else {"budget_tokens": 4096}
-    engine.bind(POLICIES[policy].model_copy(update=budget))
+    engine.bind(over_the_context(policies[name]))
     assert engine.answer(prompts) == dense

@@ -1,17 +1,39 @@
 """Nine laws and the poison test, for every policy. A new policy joins by one line in CASES."""
 
+from functools import partial
+
 import pytest
 import torch
+from artifact_files import head_map, moa_plan, saved
 
 from sparseserve.plan import ModelShape
-from sparseserve.policies import Dense, Policy, Quest, Streaming, Tidal
+from sparseserve.policies import S2, Dense, Hip, Moa, Policy, Quest, Retrieval, Seer, Streaming, Tidal
 from sparseserve.testing.bed import Bed, Outcome
-from sparseserve.types import Bound, HeadShape, Role, Scope
+from sparseserve.testing.gates import plain_rope, random_gates
+from sparseserve.types import Bound, HeadShape, LayerPlan, Role, Scope
 
 BUDGET, SINK, RECENT = 128, 5, 19
 COMMON = {"budget_tokens": BUDGET, "sink_tokens": SINK, "recent_tokens": RECENT}
 QUEST = COMMON | {"unit_tokens": 16, "dense_layers": 1}
+HIP = COMMON | {
+    "sink_tokens": 8,  # a multiple of the unit
+    "wide_layers": 1,
+    "wide_budget_tokens": BUDGET,
+    "chunk_tokens": (32, 16, 8),
+    "stage_tokens": (256, 128),
+}
 TIDAL = COMMON | {"select_layer": 1, "reselect_layer": 3}
+MOA = moa_plan(alpha=[[128, 96, 64, 128]] * 5, beta=[[0, 0.25, 0.5, 0]] * 5)
+HEADS = head_map([[1, 1], [1, 0], [0, 0], [0, 1], [0.4, 0.6]])
+MODEL = ModelShape(
+    name="bed",
+    layers=5,
+    heads=HeadShape(kv_heads=2, group=2, head_dim=32),
+    max_len=448,
+    page_size=64,
+    rope=partial(plain_rope, 448),
+)
+GATES = saved(random_gates(MODEL, block_size=16, gate_dim=48))
 CASES: dict[str, Policy] = {
     "dense": Dense(),
     "streaming": Streaming(sink_tokens=SINK, recent_tokens=BUDGET - SINK),
@@ -21,8 +43,16 @@ CASES: dict[str, Policy] = {
     "tidal-query_head": Tidal(**TIDAL, scope=Scope.QUERY_HEAD),
     "tidal-all_heads": Tidal(**TIDAL, scope=Scope.ALL_HEADS),
     "tidal-units": Tidal(**TIDAL, unit_tokens=16),
+    "moa": Moa(artifact=MOA, sink_tokens=SINK, minimum_tokens=32),
+    "retrieval": Retrieval(artifact=HEADS, sink_tokens=SINK, recent_tokens=BUDGET - SINK),
+    "retrieval-compensate": Retrieval(artifact=HEADS, sink_tokens=SINK, recent_tokens=64, compensate=True),
+    "s2": S2(local_blocks=2, stride=2, dense_every=5),
+    "s2-query_head": S2(block_tokens=32, local_blocks=4, stride=3, dense_heads=1, scope="query_head"),
+    "seer": Seer(**COMMON, artifact=GATES),
+    "seer-dense_layers": Seer(**COMMON, artifact=GATES, dense_layers=2),
+    "hip": Hip(**HIP),
+    "hip-kv_head": Hip(**HIP, scope="kv_head"),
 }
-MODEL = ModelShape("bed", layers=5, heads=HeadShape(kv_heads=2, group=2, head_dim=32), max_len=448, page_size=64)
 LENGTHS = [385, 0, 1, 127, 128, 129, 448, 300]  # empty, short of, at and over the budget, page boundaries
 
 
@@ -50,12 +80,23 @@ def sparse_layers(policy: Policy) -> list[int]:
     return [plan.layer for plan in policy.plans(MODEL) if not plan.dense_output]
 
 
+def limit(policy: Policy, plan: LayerPlan, lengths: torch.Tensor) -> torch.Tensor:
+    """Tokens that a head may attend to in rows of `lengths` [B, 1]: the budget, or what the plan promises it."""
+    if plan.dense_output:
+        return lengths
+    if plan.window is None:
+        return lengths.clamp(max=BUDGET)
+    lines = plan.window.alpha + plan.window.beta * lengths[..., None]
+    span = lines.amax(-1).clamp(min=plan.window.minimum) + plan.window.align - 1
+    units = torch.tensor([[policy.selection_slots(length)] for length in lengths[:, 0].tolist()])
+    return torch.minimum(lengths, span + units * policy.selection_unit)
+
+
 def test_law_1_the_budget_holds(policy, data):
     outcome = Bed(policy, MODEL, LENGTHS).fill(*data[1:]).decode(data[0])
     lengths = torch.tensor(LENGTHS)[:, None]
     for plan, mask, attended in zip(policy.plans(MODEL), outcome.masks, outcome.attended, strict=True):
-        limit = lengths if plan.dense_output else lengths.clamp(max=BUDGET)
-        assert (mask.sum(-1) <= limit).all()
+        assert (mask.sum(-1) <= limit(policy, plan, lengths)).all()
         assert torch.equal(mask.sum(-1).int(), attended)  # the kernel read just what was selected
 
 
@@ -71,7 +112,7 @@ def test_law_2_units_ascend_and_are_in_range(policy, data):
 def test_law_3_sink_recent_and_current_are_kept(policy, data):
     for mask in Bed(policy, MODEL, LENGTHS).fill(*data[1:]).decode(data[0]).masks:
         for row, length in enumerate(LENGTHS):
-            assert mask[row, :, : min(SINK, length)].all()
+            assert isinstance(policy, S2) or mask[row, :, : min(SINK, length)].all()  # S2 has no sink
             assert mask[row, :, max(0, length - RECENT) : length].all()
 
 

@@ -122,7 +122,64 @@ struct SelectParams {
   const int32_t* sink;   // [Hs] tokens
   const int32_t* recent; // [Hs] tokens
   const int32_t* budget; // [Hs] tokens
+  bool by_threshold;     // every unit above `threshold`, whatever the budget
+  float threshold;
   Selection selection;
+};
+
+// One branch of a learned gate (SeerAttention-R): a projection, its norm and its rotation.
+struct GateBranch {
+  const float* weight;   // [H, G, D, E] for queries, [H, 3D, E] for pooled keys
+  int64_t dim;           // E, a multiple of 16
+  const float* norm;     // [E], or null
+  const float* unrope;   // [positions, D] cos and sin that undo the model's rotation
+  const float* rope;     // [positions, E] cos and sin, or null
+};
+
+// Summaries here are gate keys, [M, H, U, E] fp32.
+struct SummarizeGatesParams {
+  Pool key;
+  DType dtype;
+  int64_t kv_heads;      // H
+  int64_t head_dim;      // D
+  int64_t page_size;     // P
+  int64_t unit_tokens;   // a multiple of 16
+  int64_t tokens;        // T
+  const int64_t* slots;  // [T], page * P + offset, or -1
+  const int64_t* positions;  // [T], in their rows
+  GateBranch gate;
+  SummaryPool summary;
+};
+
+struct ScoreGatesParams {
+  Query query;
+  SummaryPool summary;
+  int64_t kv_heads;      // H
+  const int32_t* pages;  // [B, N]
+  int64_t pages_stride;
+  const int32_t* seq_lens;  // [B]
+  int64_t unit_tokens;
+  GateBranch gate;
+  float* scores;         // [B, H, >= units]
+  int64_t scores_row_stride;
+  int64_t scores_head_stride;
+};
+
+constexpr int kSearchStages = 3;
+
+struct SearchBlocksParams {
+  Query query;
+  Cache cache;           // value is unused
+  int64_t chunk_tokens[kSearchStages];
+  int64_t stage_tokens[kSearchStages - 1];
+  int64_t refresh_steps[kSearchStages];
+  const int32_t* sink;   // [Hs] tokens
+  const int32_t* recent; // [Hs] tokens
+  const int32_t* budget; // [Hs] tokens
+  int32_t* state;        // [M, Hs, 4 + chunks that the stages keep]
+  int64_t state_page_stride;
+  int64_t state_head_stride;
+  Selection selection;   // in units of the last chunk_tokens
 };
 
 }  // namespace sparseserve

@@ -1,0 +1,110 @@
+"""Local blocks and every n-th block, another one for each head (S2-Attention, arXiv 2407.17678)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from sparseserve.plan import ModelShape
+from sparseserve.policies.base import Policy, load_artifact
+from sparseserve.types import LayerPlan, Role, Scope, Step, Window
+
+Blocks = Annotated[int, Field(ge=1)]
+# Phi-3-small's modeling code slides over query heads; its head 0 keeps block stride - 1, DKernel's keeps block 0.
+TRAINED = {"scope": "query_head", "offset_blocks": 1}
+
+
+class S2(Policy):
+    """Head h attends to block j if it is one of the last `local_blocks` or (j + h * step + offset) % stride == 0.
+
+    step = max(1, stride // heads) over the heads of all ranks. Models are trained with this pattern; on others it is a
+    baseline. What the config.json of such a model says comes first, then --set.
+    """
+
+    name: ClassVar[str] = "s2"
+    summary: ClassVar[str] = "The most recent blocks and every n-th block before them, which ones depends on the head."
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2407.17678"
+
+    artifact: str | None = Field(None, description="config.json with blocksparse_* fields, or what `convert` wrote")
+    block_tokens: Literal[16, 32, 64, 128] = Field(64, description="tokens per block")
+    local_blocks: Blocks = Field(16, description="last blocks, the current one included")
+    stride: Blocks = Field(8, description="blocks from one distant block to the next")
+    homo_heads: bool = Field(False, description="the same distant blocks for every head")
+    offset_blocks: Annotated[int, Field(ge=0)] = Field(0, description="head h keeps block 0 if stride divides h + this")
+    dense_every: Blocks | None = Field(None, description="every n-th layer is dense; without it none")
+    dense_heads: Annotated[int, Field(ge=0)] = Field(0, description="last heads, which attend to everything")
+    scope: Literal["kv_head", "query_head"] = Field("kv_head", description="heads that share a pattern")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_artifact(cls, values: Any) -> Any:
+        source = values.get("artifact") if isinstance(values, dict) else None
+        if not isinstance(source, str):
+            return values
+        given = load_artifact(source, "s2").arguments
+        return {
+            "block_tokens": given["block_size"],
+            "local_blocks": given["num_local_blocks"],
+            "stride": given["vert_stride"],
+            "homo_heads": given["homo_head"],
+            "dense_every": given["dense_every"],
+            **TRAINED,
+            **values,
+        }
+
+    @property
+    def head_scope(self) -> Scope:
+        return Scope(self.scope)
+
+    @property
+    def selection_unit(self) -> int:
+        return self.block_tokens
+
+    def selection_slots(self, max_len: int) -> int:
+        return -(-max_len // (self.block_tokens * self.stride))
+
+    @property
+    def dense_up_to(self) -> int:
+        return max(self.min_tokens, self.block_tokens * self.local_blocks)
+
+    def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
+        if self.artifact is not None:
+            load_artifact(self.artifact, "s2").check(model)
+        heads, total = self._heads(model)
+        dense = heads >= total - self.dense_heads
+        # N - alpha lies in the first local block, wherever in its own block the current token is.
+        alpha = torch.where(dense, 0, self.block_tokens * (self.local_blocks - 1) + 1).double()
+        window = Window(
+            sink=torch.zeros_like(heads).int(),
+            alpha=alpha[:, None],
+            beta=dense[:, None].double(),
+            align=self.block_tokens,
+        )
+        return tuple(
+            LayerPlan(layer, Role.DENSE, dense_output=True)
+            if self.dense_every is not None and (layer + 1) % self.dense_every == 0
+            else LayerPlan(layer, Role.WINDOW, window=window)
+            for layer in range(model.layers)
+        )
+
+    def prepare(self, step: Step, model: ModelShape) -> None:
+        heads, total = self._heads(model)
+        slide = 0 if self.homo_heads else max(1, self.stride // total)
+        first = -(heads * slide + self.offset_blocks) % self.stride
+        units = step.selection.units
+        units.copy_(first[:, None] + self.stride * torch.arange(units.shape[2]))
+        blocks = -(-step.table.seq_lens // self.block_tokens)
+        count = -(-(blocks[:, None] - first) // self.stride)
+        step.selection.count.copy_(count.clamp(min=0))
+
+    def expected_tokens(self, plan: LayerPlan, length: int) -> float:
+        local = super().expected_tokens(plan, length)
+        return local + (length - local) / self.stride  # the mean over heads that slide past every block
+
+    def _heads(self, model: ModelShape) -> tuple[Tensor, int]:
+        """This rank's selection heads by their number in the model, [Hs], and how many that has."""
+        mine = model.heads.selection_heads(self.head_scope)
+        return model.rank * mine + torch.arange(mine), model.ranks * mine

@@ -1,0 +1,57 @@
+"""What `serve` would read of the KV cache, told from vLLM's configuration without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sparseserve.config import PolicySource
+from sparseserve.cost import StepCost, step_cost, token_bytes
+from sparseserve.errors import ConfigError
+from sparseserve.plan import ModelShape
+from sparseserve.policies import Policy
+from sparseserve.server.checks import check_supported, model_shape, plan_layers
+from sparseserve.server.launch import engine_config, parse, vllm_errors
+
+LENGTHS = (4096, 32768, 131072)  # tokens, as far as the model goes
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What a policy does with a model."""
+
+    policy: Policy
+    model: ModelShape
+    kv_bytes: int  # of one token in one layer, on one rank
+    summary_bytes: int  # of one page in one layer, on one rank
+    steps: tuple[StepCost, ...]
+
+
+def explain(source: PolicySource, argv: list[str], lengths: Sequence[int]) -> Explanation:
+    """Check `argv`, the arguments of `vllm serve`, as `serve` does, and predict steps at `lengths`."""
+    with vllm_errors():
+        args = parse(argv)
+        config = engine_config(args)
+    policy = source.policy(args.model)
+    check_supported(config, policy)
+    model = model_shape(config)
+    try:
+        plans = plan_layers(config, policy, model)
+    except ConfigError as error:
+        raise source.locate(error, args.model) from None
+    element_bytes = config.model_config.dtype.itemsize
+    return Explanation(
+        policy,
+        model,
+        token_bytes(model.heads, element_bytes),
+        policy.summary_bytes(model.heads, model.page_size),
+        tuple(step_cost(policy, plans, model, length, element_bytes) for length in _lengths(lengths, model)),
+    )
+
+
+def _lengths(asked: Sequence[int], model: ModelShape) -> Sequence[int]:
+    for length in asked:
+        if not 0 < length <= model.max_len:
+            allowed = f"1 to {model.max_len} tokens, the context of {model.name}"
+            raise ConfigError("--lengths", length, allowed, remedy="give --max-model-len, or other lengths")
+    return asked or [length for length in LENGTHS if length < model.max_len] + [model.max_len]
