@@ -6,7 +6,7 @@ import pytest
 
 from sparseserve.cost import RoleCost, StepCost, step_cost
 from sparseserve.plan import ModelShape
-from sparseserve.policies import Dense, Policy, Quest, Streaming, Tidal
+from sparseserve.policies import Dense, Hip, Policy, Quest, Streaming, Tidal
 from sparseserve.types import HeadShape, Role, Scope
 
 MODEL = ModelShape("m", layers=6, heads=HeadShape(kv_heads=4, group=2, head_dim=64), max_len=65536, page_size=128)
@@ -55,3 +55,11 @@ def test_query_heads_that_choose_alone_share_no_read() -> None:
 def test_short_rows_are_dense(policy: Policy) -> None:
     assert cost(policy, 1024).ratio == 1
     assert cost(policy, 1025).ratio != 1
+
+
+def test_hip_reads_the_keys_it_probes_and_one_state() -> None:
+    policy = Hip(wide_layers=0)
+    (select,) = cost(policy).roles
+    keys = LENGTH / 256 * 18 / 32 + LENGTH / 32 * 12 / 16 + 8192 / 8 * 8 / 8  # chunks x probes / steps
+    assert select.scored_bytes == 6 * (keys * KEY + policy.summary_bytes(MODEL.heads, MODEL.page_size))
+    assert select.kv_bytes == 6 * 3328 * 2 * KEY

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 
 import torch
 from environment import environment
 from pool import DTYPE, KV_HEADS, PAGE, UNIT, Requests
 from rich.console import Console
 from rich.table import Table
+from timing import TOUCHED_BYTES, Call, Result, pages_call, read, results, tiles_call
 from torch import Tensor
 from torch.utils.cpp_extension import load
 from vllm import _custom_ops as vllm_ops
@@ -30,93 +28,11 @@ from vllm import _custom_ops as vllm_ops
 from sparseserve import ops, reference
 from sparseserve.plan import ModelShape
 from sparseserve.policies import Hip
+from sparseserve.testing.gates import plain_rope, random_gates
 from sparseserve.testing.oracle import assert_as_exact
-from sparseserve.types import Bound, HeadShape, Selection
+from sparseserve.types import Bound, Gate, HeadShape, Selection
 
 BUDGET = 1024
-TOUCHED_BYTES = 96 << 20  # well above the last-level cache
-
-Call = Callable[[int], object]  # does the work of request i
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One contender at one shape."""
-
-    op: str
-    context: int
-    group: int
-    head_dim: int
-    microseconds: float  # median of the rounds
-    best_microseconds: float
-    bytes: int
-    gigabytes_per_second: float
-    share_of_read: float  # of the speed of the bare read
-
-
-def read(memory: Tensor, starts: Tensor, rows: int, row_bytes: int, stride: int, prefetch: bool) -> None:
-    """The bare read of blocks of rows."""
-    torch.ops.sparseserve_bench.read(memory, starts, rows, row_bytes, stride, prefetch, torch.empty_like(starts))
-
-
-def measure(calls: dict[str, Call], touched: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds per call of every contender and round; a round of a contender touches TOUCHED_BYTES."""
-    repeats = max(2, -(-TOUCHED_BYTES // touched))
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for _ in range(rounds):
-        random.shuffle(names)
-        for name in names:
-            start = time.perf_counter()
-            for i in range(repeats):
-                calls[name](i)
-            seconds[name].append((time.perf_counter() - start) / repeats)
-    return seconds
-
-
-def results(requests: Requests, calls: dict[str, Call], touched: int, rounds: int) -> list[Result]:
-    """Rows of the report; the faster of the two bare reads is the standard of the others."""
-    seconds = measure(calls, touched, rounds)
-    standard = min(median(times) for name, times in seconds.items() if name.startswith("read"))
-    shape = requests.shape
-    return [
-        Result(
-            op=name,
-            context=requests.context,
-            group=shape.group,
-            head_dim=shape.head_dim,
-            microseconds=median(times) * 1e6,
-            best_microseconds=min(times) * 1e6,
-            bytes=touched,
-            gigabytes_per_second=touched / median(times) / 1e9,
-            share_of_read=standard / median(times),
-        )
-        for name, times in seconds.items()
-    ]
-
-
-def tiles_call(requests: Requests, lists: list[list[Tensor]], values: bool, prefetch: bool) -> Call:
-    """Bare read of K (and V) tiles; lists[i][h] are the tiles of request i and KV head h."""
-    dim = requests.shape.head_dim
-
-    def starts(of: Callable[[int, Tensor, int], Tensor]) -> list[Tensor]:
-        return [torch.cat([of(i, tiles, h) for h, tiles in enumerate(heads)]) for i, heads in enumerate(lists)]
-
-    key_starts, value_starts = starts(requests.tile_starts), starts(requests.value_starts)
-
-    def call(i: int) -> None:
-        read(requests.cache, key_starts[i % len(lists)], dim, 2 * UNIT, 2 * PAGE, prefetch)
-        if values:
-            read(requests.cache, value_starts[i % len(lists)], 1, 2 * UNIT * dim, 0, prefetch)
-
-    return call
-
-
-def pages_call(memory: Tensor, pages: Tensor, page_bytes: int, heads: int, head_bytes: int, prefetch: bool) -> Call:
-    """Bare read of `head_bytes` of every head of whole pages; row i of pages is request i."""
-    head = torch.arange(heads) * head_bytes
-    starts = [(row.long() * page_bytes + head[:, None]).flatten() for row in pages]
-    return lambda i: read(memory, starts[i % len(starts)], 1, head_bytes, 0, prefetch)
 
 
 def everything(context: int) -> Selection:
@@ -322,12 +238,65 @@ def bench_search_blocks(requests: Requests, rounds: int) -> list[Result]:
     return results(requests, calls, KV_HEADS * requests.context * requests.shape.head_dim * 2, rounds)
 
 
+def gate_of(requests: Requests) -> Gate:
+    dim = requests.shape.head_dim
+    tensors = random_gates(ModelShape("bench", 1, requests.shape, requests.context, PAGE), gate_dim=dim).tensors
+    parts = (tensors[f"{name}.0"].float() for name in ("query", "key", "query_norm", "key_norm"))
+    rope = plain_rope(requests.context, dim)
+    return Gate(*parts, unrope=rope, rope=rope)
+
+
+def bench_score_gates(requests: Requests, rounds: int) -> list[Result]:
+    """Units of 64 tokens; what is read are the gate keys and the weights of the query's gate."""
+    dim, units, gate = requests.shape.head_dim, PAGE // 64, gate_of(requests)
+    per_row, page_floats = requests.context // PAGE, KV_HEADS * units * dim
+    touched = per_row * page_floats * 4
+    rows = max(2, TOUCHED_BYTES // touched)
+    summary = torch.randn(rows * per_row, KV_HEADS, units, dim)
+    pages = torch.randperm(rows * per_row).view(rows, per_row).int()
+    scores = torch.empty(1, KV_HEADS, requests.context // 64)
+
+    def call(i: int) -> Tensor:
+        arguments = pages[i % rows : i % rows + 1], requests.seq_lens, 64, gate
+        return ops.score_gates(requests.query, summary, *arguments, scores=scores)
+
+    arguments = requests.query, summary, pages[:1], requests.seq_lens, 64, gate
+    torch.testing.assert_close(call(0), reference.score_gates(*arguments), rtol=1e-4, atol=1e-4)
+    calls: dict[str, Call] = {"score_gates": call}
+    for prefetch in (False, True):
+        read_call = pages_call(summary, pages, page_floats * 4, KV_HEADS, units * dim * 4, prefetch)
+        calls[f"read gate keys{' ahead' * prefetch}"] = read_call
+    return results(requests, calls, touched, rounds)
+
+
+def bench_summarize_gates(requests: Requests, rounds: int) -> list[Result]:
+    """A prefill of the whole context."""
+    dim, units, gate = requests.shape.head_dim, PAGE // 64, gate_of(requests)
+    summary, expected = (torch.zeros(len(requests.cache), KV_HEADS, units, dim) for _ in range(2))
+    positions = torch.arange(requests.context)
+    slots = [(row.long()[:, None] * PAGE + torch.arange(PAGE)).flatten() for row in requests.pages]
+    few = slots[0][:512], positions[:512], gate
+    ops.summarize_gates(requests.kv.key, *few, summary)
+    reference.summarize_gates(requests.kv.key, *few, expected)
+    torch.testing.assert_close(summary, expected, rtol=1e-4, atol=1e-4)
+    lists = [[torch.arange(requests.context // UNIT)] * KV_HEADS] * requests.count
+
+    def call(i: int) -> None:
+        ops.summarize_gates(requests.kv.key, slots[i % requests.count], positions, gate, summary)
+
+    calls: dict[str, Call] = {"summarize_gates": call}
+    calls["read keys"] = tiles_call(requests, lists, False, False)
+    return results(requests, calls, KV_HEADS * requests.context * dim * 2, rounds)
+
+
 BENCHES = {
     "attend": bench_attend,
     "score_tokens": bench_score_tokens,
     "score_pages": bench_score_pages,
+    "score_gates": bench_score_gates,
     "search_blocks": bench_search_blocks,
     "select_units": bench_select_units,
+    "summarize_gates": bench_summarize_gates,
     "summarize_pages": bench_summarize_pages,
 }
 

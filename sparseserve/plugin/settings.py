@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,6 +35,7 @@ def head_shape(layer: Attention) -> HeadShape:
 def model_shape(vllm_config: VllmConfig, heads: HeadShape, rank: int = 0) -> ModelShape:
     """The served model as policies see it on a tensor-parallel rank."""
     model = vllm_config.model_config
+    config = Path(model.model) / "config.json"
     return ModelShape(
         name=model.model,
         layers=model.get_total_num_hidden_layers(),
@@ -42,6 +45,7 @@ def model_shape(vllm_config: VllmConfig, heads: HeadShape, rank: int = 0) -> Mod
         rank=rank,
         ranks=vllm_config.parallel_config.tensor_parallel_size,
         rope=lambda dim: rope_table(vllm_config, dim),
+        config_sha256=hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
     )
 
 
@@ -52,6 +56,9 @@ def rope_table(vllm_config: VllmConfig, head_dim: int) -> Tensor:
     """
     model = vllm_config.model_config
     parameters = getattr(model.hf_text_config, "rope_parameters", None)
+    if not parameters:
+        allowed = "a model with rotary position embedding"
+        raise UnsupportedError(Problem("model", model.model, allowed, remedy="take a policy without gates"))
     with set_current_vllm_config(vllm_config, check_compile=False):
         rope = get_rope(head_dim, model.max_model_len, rope_parameters=parameters, dtype=torch.float32)
     if rope.rotary_dim != head_dim or not rope.is_neox_style or rope.cos_sin_cache.dim() != 2:

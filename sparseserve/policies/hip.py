@@ -104,6 +104,16 @@ class Hip(BudgetPolicy):
         assert plan.budget is not None
         return min(length, float(plan.budget.double().mean()))
 
+    def scored_bytes(self, plan: LayerPlan, model: ModelShape, length: int, element_bytes: int) -> float:
+        """The state in the last page and the keys that a step probes, the mean over the steps from search to search."""
+        key = model.heads.kv_heads * model.heads.head_dim * element_bytes
+        keys, period = 0.0, model.page_size  # a page begins with a search
+        for chunk, kept, steps in zip(self.chunk_tokens, (length, *self.stage_tokens), self.refresh_steps, strict=True):
+            period = min(period, steps)
+            probes = 2 * chunk.bit_length()  # two in each round, from the width of the chunk down to 1
+            keys += min(length, kept) / chunk * probes / period
+        return keys * key + self.summary_bytes(model.heads, model.page_size)
+
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         if self.wide_layers > model.layers:
             allowed = f"at most {model.layers} ({model.name} has {model.layers} layers)"
