@@ -21,8 +21,12 @@ class Engine:
 
     def bind(self, policy: Policy) -> None:
         """Put the engine under a policy, with nothing cached."""
-        self.llm.collective_rpc(rebind, args=(policy,))
+        self.rebind(policy)
         self.llm.reset_prefix_cache()
+
+    def rebind(self, policy: Policy) -> None:
+        """Put the engine under a policy without summaries; what is cached stays right, prefill being vLLM's own."""
+        self.llm.collective_rpc(rebind, args=(policy,))
 
     def answer(self, prompts: list[str]) -> list[str]:
         """Greedy answers of up to 100 tokens."""

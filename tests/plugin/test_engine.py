@@ -17,6 +17,7 @@ pytestmark = pytest.mark.e2e
 
 PAGES, MAX_TOKENS = 48, 1280
 BUDGETED = ["quest", "quest-min_max", "tidal", "tidal-query_head", "hip", "seer"]
+COMPARED_IN_FULL = {"dense", "streaming", "quest", "tidal", "hip"}
 NAMES = ["dense", "streaming", *BUDGETED, "moa", "retrieval", "s2"]
 # long values, so that answers grow over page boundaries while others wait
 QUESTIONS = [ask(1100 + 3 * seed, 0.93, seed, distractors=0, value_length=90) for seed in range(12)]
@@ -74,8 +75,10 @@ def test_preempted_requests_answer_as_alone(engine: Engine, policies: dict[str, 
     together = engine.answer([question.prompt for question in QUESTIONS])
     assert engine.metric("vllm:num_preemptions") > preemptions
     engine.llm.reset_prefix_cache()
-    alone = [engine.answer([question.prompt])[0] for question in QUESTIONS]
-    assert together == alone == [question.answer for question in QUESTIONS]
+    answers = [question.answer for question in QUESTIONS]
+    assert together == answers
+    few = len(QUESTIONS) if name in COMPARED_IN_FULL else 4  # seconds each
+    assert [engine.answer([question.prompt])[0] for question in QUESTIONS[:few]] == answers[:few]
     assert engine.metric("vllm:kv_cache_usage_perc") == engine.metric("vllm:num_requests_running") == 0
 
 

@@ -15,7 +15,7 @@ from sparseserve.testing.plans import all_heads, write_head_map, write_moa_plan
 pytestmark = pytest.mark.e2e
 
 TOKENS = 8192
-QUESTIONS = [ask(TOKENS, depth, seed) for depth, seed in ((0.1, 1), (0.5, 2), (0.8, 3))]
+QUESTIONS = [ask(TOKENS, depth, seed) for depth, seed in ((0.1, 1), (0.5, 2))]
 RETRIEVAL = set(circuits.retrieval_heads())
 
 
@@ -63,6 +63,6 @@ def test_finds_the_needle_with_and_without_a_prefix_hit(engine: Engine, policies
 
 @pytest.mark.parametrize("name", ["retrieval-inverted", "s2", "streaming"])
 def test_what_is_not_read_is_not_found(engine: Engine, policies: dict[str, Policy], name: str) -> None:
-    engine.bind(policies[name])
+    engine.rebind(policies[name])
     early = QUESTIONS[0]
     assert engine.answer([early.prompt])[0] != early.answer
