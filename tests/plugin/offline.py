@@ -13,7 +13,11 @@ class Engine:
     """An engine in a process of its own; `roomiest` is the policy whose summaries need the most room in a page."""
 
     def __init__(self, model: Path, roomiest: Policy, **settings: Any) -> None:
-        os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+        os.environ |= {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),  # vLLM would spare one
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        }
         from vllm import LLM
 
         config = {"sparseserve": to_dict(roomiest)}

@@ -1,4 +1,4 @@
-"""Every policy through vLLM as it comes (compiled) on 8k tokens: which find the needle, and what caching changes."""
+"""Every policy through vLLM on 8k tokens: which find the needle, and what a prefix hit changes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +48,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
 
 @pytest.fixture(scope="module")
 def engine(start: Callable[..., Engine], policies: dict[str, Policy]) -> Engine:
-    return start(policies.values(), max_model_len=TOKENS + 128, num_gpu_blocks_override=200)
+    return start(policies.values(), max_model_len=TOKENS + 128, num_gpu_blocks_override=200, enforce_eager=True)
 
 
 @pytest.mark.parametrize("name", ["quest", "tidal", "hip", "moa", "retrieval", "retrieval-compensated", "seer"])
