@@ -35,6 +35,12 @@ class ModelShape:
         replicated = self.heads.kv_heads == 1 and 0 < kv_heads < self.ranks and self.ranks % kv_heads == 0
         return replicated or kv_heads == self.heads.kv_heads * self.ranks
 
+    def check_first_layers(self, key: str, count: int, default: int) -> None:
+        """Raise ConfigError unless the model has `count` layers to be its first ones."""
+        if count > self.layers:
+            allowed = f"at most {self.layers} ({self.name} has {self.layers} layers)"
+            raise ConfigError(key, count, allowed, remedy=f"give --set {key}={default}")
+
     def check_layer(self, key: str, layer: int, first: int = 0) -> None:
         """Raise ConfigError unless `layer` is a layer of the model, from `first` on."""
         if not first <= layer < self.layers:

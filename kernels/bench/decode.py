@@ -29,7 +29,7 @@ from rich.table import Table
 from sparseserve.config import to_dict
 from sparseserve.demo import circuits
 from sparseserve.policies import S2, Hip, Policy, Streaming
-from sparseserve.testing.engine import rebind, running_pages
+from sparseserve.testing.engine import rebind, roomiest, running_pages
 from sparseserve.types import HeadShape
 
 HEADS = HeadShape(circuits.KV_HEADS, circuits.GROUP, circuits.HEAD_DIM)
@@ -51,18 +51,18 @@ class Timing:
     right: bool  # every round gave the right tokens
 
 
-def engine(model: str, roomiest: Policy | None, pipe: Connection) -> None:
-    """A child process: binds policies and times decodes on request; without `roomiest`, without the plugin."""
+def engine(model: str, first: Policy | None, pipe: Connection) -> None:
+    """A child process: binds policies and times decodes on request; without `first`, without the plugin."""
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": "3",
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_PLUGINS": "sparseserve" if roomiest else "",
+        "VLLM_PLUGINS": "sparseserve" if first else "",
     }
     from vllm import LLM
 
-    settings = {"additional_config": {"sparseserve": to_dict(roomiest)}} if roomiest else {}
+    settings = {"additional_config": {"sparseserve": to_dict(first)}} if first else {}
     llm = LLM(model, max_model_len=CONTEXTS[-1] + 256, max_num_seqs=4, **settings)
     pages: list[int] = []
     pipe.send("ready")
@@ -86,7 +86,7 @@ def decode(llm: Any, text: str) -> tuple[float, str, list[int]]:
         outputs = core.step()
         times.append(time.perf_counter() - start)
         answer = outputs[0].outputs[0].text if outputs else answer
-        if outputs and not outputs[0].finished:
+        if outputs and not pages:
             [pages] = llm.collective_rpc(running_pages)
     return median(times[-(TOKENS - 2) :]), answer, pages
 
@@ -95,10 +95,10 @@ def measure(model: str, policies: dict[str, Policy], rounds: int, console: Conso
     """Every policy at every context."""
     spawn = get_context("spawn")
     pipes = {}
-    roomiest = max(policies.values(), key=lambda policy: policy.summary_bytes(HEADS, 128))
+    largest = roomiest(policies.values(), HEADS, page_size=128)
     for plugin in (False, True):
         pipes[plugin], theirs = spawn.Pipe()
-        spawn.Process(target=engine, args=(model, roomiest if plugin else None, theirs), daemon=True).start()
+        spawn.Process(target=engine, args=(model, largest if plugin else None, theirs), daemon=True).start()
         assert pipes[plugin].recv() == "ready"
     candidates: dict[str, Policy | None] = {CONTROL: None, AGAIN: None, **policies}
 

@@ -203,7 +203,7 @@ def bench_summarize_pages(requests: Requests, rounds: int) -> list[Result]:
     """A prefill of the whole context."""
     dim, units = requests.shape.head_dim, PAGE // UNIT
     key = torch.randn(requests.context, KV_HEADS, dim).to(DTYPE)
-    slots = (requests.row(0)[0].long()[:, None] * PAGE + torch.arange(PAGE)).flatten()
+    slots = requests.slots(0)
     summary, expected = (torch.zeros(len(requests.cache), KV_HEADS, units, 2, dim) for _ in range(2))
     ops.summarize_pages(key[:512], slots[:512], summary, UNIT, Bound.MEAN_STD)
     reference.summarize_pages(key[:512], slots[:512], expected, UNIT, Bound.MEAN_STD)
@@ -274,7 +274,7 @@ def bench_summarize_gates(requests: Requests, rounds: int) -> list[Result]:
     dim, units, gate = requests.shape.head_dim, PAGE // 64, gate_of(requests)
     summary, expected = (torch.zeros(len(requests.cache), KV_HEADS, units, dim) for _ in range(2))
     positions = torch.arange(requests.context)
-    slots = [(row.long()[:, None] * PAGE + torch.arange(PAGE)).flatten() for row in requests.pages]
+    slots = [requests.slots(i) for i in range(requests.count)]
     few = slots[0][:512], positions[:512], gate
     ops.summarize_gates(requests.kv.key, *few, summary)
     reference.summarize_gates(requests.kv.key, *few, expected)

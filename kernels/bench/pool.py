@@ -31,6 +31,10 @@ class Requests:
     def row(self, i: int) -> Tensor:
         return self.pages[i % self.count : i % self.count + 1]
 
+    def slots(self, i: int) -> Tensor:
+        """Slots of all tokens of request i, in order."""
+        return (self.row(i)[0].long()[:, None] * PAGE + torch.arange(PAGE)).flatten()
+
     def tile_starts(self, i: int, tiles: Tensor, head: int) -> Tensor:
         """Byte offsets of the K columns of 32-token `tiles` of request i."""
         page = self.row(i)[0].long()[tiles * UNIT // PAGE]

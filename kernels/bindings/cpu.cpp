@@ -156,6 +156,14 @@ SummaryPool summary_of(const Tensor& summary, int64_t kv_heads, int64_t head_dim
   return {static_cast<float*>(summary.mutable_data_ptr()), summary.stride(0), summary.stride(1), summary.size(2)};
 }
 
+// Where just-written tokens lie among the `end` tokens of a pool, [T], -1 for padding.
+const int64_t* slots_of(const Tensor& slots, int64_t tokens, int64_t end) {
+  const int64_t* slot = dense<int64_t>(slots, "slots", ScalarType::Long, {tokens});
+  for (int64_t t = 0; t < slots.size(0); ++t)
+    STD_TORCH_CHECK(slot[t] >= -1 && slot[t] < end, "slots[", t, "] = ", slot[t], " lies outside ", end, " tokens");
+  return slot;
+}
+
 Bound bound_of(int64_t bound) {
   STD_TORCH_CHECK(bound == 0 || bound == 1, "unknown bound ", bound);
   return static_cast<Bound>(bound);
@@ -205,10 +213,7 @@ void summarize_pages(const Tensor& key, const Tensor& slots, Tensor summary, int
   check_stride(key, "key", 2, 1);
   const int64_t tokens = key.size(0), kv_heads = key.size(1), head_dim = check_head_dim(key.size(2));
   const SummaryPool pool = summary_of(summary, kv_heads, head_dim);
-  const int64_t* slot = dense<int64_t>(slots, "slots", ScalarType::Long, {tokens});
-  const int64_t end = summary.size(0) * pool.units * unit_tokens;
-  for (int64_t t = 0; t < tokens; ++t)
-    STD_TORCH_CHECK(slot[t] >= -1 && slot[t] < end, "slots[", t, "] = ", slot[t], " lies outside ", end, " tokens");
+  const int64_t* slot = slots_of(slots, tokens, summary.size(0) * pool.units * unit_tokens);
   cpu::summarize_pages({key.const_data_ptr(), dtype_of(key, "key"), tokens, kv_heads, head_dim, key.stride(0),
                         key.stride(1), slot, pool, unit_tokens, bound_of(bound)});
 }
@@ -264,18 +269,16 @@ void summarize_gates(const Tensor& key, const Tensor& slots, const Tensor& posit
   check_stride(key, "key", 3, page_size);
   const GateBranch gate = gate_of(weight, kv_heads, 3 * head_dim, head_dim, norm, unrope, rope);
   const SummaryPool pool = gate_keys_of(summary, kv_heads, gate.dim);
-  const int64_t unit = page_size / pool.units, end = key.size(0) * page_size;
+  const int64_t unit = page_size / pool.units;
   STD_TORCH_CHECK(page_size % pool.units == 0 && unit % 16 == 0, "a block must be a multiple of 16 tokens, not ",
                   page_size, " / ", pool.units);
   STD_TORCH_CHECK(summary.size(0) == key.size(0), "key and summary must have the same pages");
-  const int64_t* slot = dense<int64_t>(slots, "slots", ScalarType::Long, {-1});
+  const int64_t* slot = slots_of(slots, -1, key.size(0) * page_size);
   const int64_t* position = dense<int64_t>(positions, "positions", ScalarType::Long, {slots.size(0)});
-  for (int64_t t = 0; t < slots.size(0); ++t) {
-    STD_TORCH_CHECK(slot[t] >= -1 && slot[t] < end, "slots[", t, "] = ", slot[t], " lies outside ", end, " tokens");
+  for (int64_t t = 0; t < slots.size(0); ++t)
     STD_TORCH_CHECK(slot[t] < 0 || (slot[t] + 1) % unit || (position[t] + 1 >= unit && position[t] < unrope.size(0)),
                     "positions[", t, "] = ", position[t], " ends no block of ", unit, " of ", unrope.size(0),
                     " tokens");
-  }
   cpu::summarize_gates({{key.const_data_ptr(), key.stride(0), key.stride(1)}, dtype_of(key, "key"), kv_heads, head_dim,
                         page_size, unit, slots.size(0), slot, position, gate, pool});
 }

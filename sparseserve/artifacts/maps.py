@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from sparseserve.artifacts.artifact import Artifact
+from sparseserve.artifacts.moa import RUNTIME
+from sparseserve.artifacts.s2 import TRAINED_OFFSET, first_blocks
 from sparseserve.errors import ArtifactError, Problem
-
-MOA_MINIMUM = 128  # tokens, of MoA's runtime
 
 
 def moa_density(alpha: Tensor, beta: Tensor, length: int, group: int = 1) -> Tensor:
@@ -16,7 +16,7 @@ def moa_density(alpha: Tensor, beta: Tensor, length: int, group: int = 1) -> Ten
 
     A KV head reads what the widest of its `group` consecutive query heads reads.
     """
-    spans: Tensor = (alpha + beta * length).clamp(min=MOA_MINIMUM).clamp(max=length)
+    spans: Tensor = (alpha + beta * length).clamp(min=RUNTIME["minimum"]).clamp(max=length)
     return spans.reshape(len(spans), -1, group).amax(-1) / length
 
 
@@ -26,10 +26,9 @@ def s2_first_blocks(artifact: Artifact) -> Tensor:
     Models trained with the pattern keep the blocks j of head h with (j + h * step + 1) % stride == 0.
     """
     arguments = artifact.arguments
-    stride, every = arguments["vert_stride"], arguments["dense_every"]
-    step = 0 if arguments["homo_head"] else max(1, stride // artifact.heads)
-    blocks: Tensor = (-(step * torch.arange(artifact.heads) + 1) % stride).double().repeat(artifact.layers, 1)
-    if every:
+    heads, pattern = torch.arange(artifact.heads), (arguments["vert_stride"], arguments["homo_head"], TRAINED_OFFSET)
+    blocks = first_blocks(heads, artifact.heads, *pattern).double().repeat(artifact.layers, 1)
+    if every := arguments["dense_every"]:
         blocks[every - 1 :: every] = torch.nan
     return blocks
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
+from torch import Tensor
 
 from sparseserve.artifacts.artifact import Artifact
 from sparseserve.artifacts.model import ModelConfig
 from sparseserve.artifacts.read import MAX_LAYERS, parse
 
+TRAINED_OFFSET = 1  # of Phi-3-small's modeling code, which slides over query heads; DKernel has 0
 Blocks = Annotated[int, Field(ge=1, le=1 << 20, strict=True)]
 
 
@@ -30,6 +32,15 @@ S2_CONFIG = TypeAdapter(S2Config)
 def recognise(content: dict[str, Any]) -> bool:
     """Whether a config.json declares the pattern."""
     return any(key.startswith("blocksparse_") for key in content)
+
+
+def first_blocks(heads: Tensor, total: int, stride: int, homo: bool, offset: int) -> Tensor:
+    """The first block j of each of `heads`, of `total` in all, with (j + head * step + offset) % stride == 0.
+
+    step = max(1, stride // total), 0 for patterns that are the same for every head (DKernel, arXiv 2407.17678).
+    """
+    step = 0 if homo else max(1, stride // total)
+    return -(heads * step + offset) % stride
 
 
 def load(content: dict[str, Any], path: Path) -> Artifact:

@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from sparseserve.cache import cpu_views, summaries
 from sparseserve.decode import SparseLayer, decode_layer
 from sparseserve.plugin.cache import with_summaries
-from sparseserve.plugin.metadata import RowSplit, split_rows, take_rows, token_positions, token_rows
+from sparseserve.plugin.metadata import RowSplit, split_rows, take_rows, token_rows
 from sparseserve.plugin.settings import check_attention, head_shape, model_shape, policy_of
 from sparseserve.plugin.stats import Meter
 from sparseserve.policies import Policy
@@ -101,7 +101,7 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
             return super().build(common_prefix_len, common, fast_build)
         split = split_rows(common, self._policy.dense_up_to)
         self._meter.count_rows(split)
-        positions = token_positions(common)
+        positions = common.positions[: common.num_actual_tokens]
         if not split.sparse.shape[0]:
             return _extend(super().build(common_prefix_len, common, fast_build), positions=positions)
         return self._build_mixed(common, split, positions)

@@ -45,14 +45,6 @@ def token_rows(common: CommonAttentionMetadata, rows: Tensor) -> Tensor:
     return torch.cat([torch.arange(int(starts[row]), int(starts[row + 1])) for row in rows.tolist()])
 
 
-def token_positions(common: CommonAttentionMetadata) -> Tensor:
-    """Positions [T] int64 of all query tokens in their rows."""
-    query_lens = common.query_start_loc.diff()
-    first = common.seq_lens - query_lens - common.query_start_loc[:-1]
-    tokens = torch.arange(common.num_actual_tokens)
-    return tokens + first.repeat_interleave(query_lens, output_size=tokens.shape[0])
-
-
 def take_rows(common: CommonAttentionMetadata, rows: Tensor, tokens: Tensor) -> CommonAttentionMetadata:
     """The metadata of a batch made of `rows` alone, whose query tokens are `tokens`."""
     query_lens = common.query_start_loc_cpu.diff()[rows]

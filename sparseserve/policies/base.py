@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from sparseserve import artifacts
+from sparseserve import artifacts, ops
 from sparseserve.artifacts import Artifact, Kind
 from sparseserve.errors import ArtifactError, Problem
 from sparseserve.plan import ModelShape
@@ -138,6 +138,12 @@ class BudgetPolicy(Policy):
             recent=full(self.recent_tokens),
             budget=full(self.budget_tokens),
         )
+
+    def take_best(self, plan: LayerPlan, step: Step, threshold: float | None = None) -> None:
+        """Fill `step.selection` by the scores of the step: within the plan's budget, or all above a threshold."""
+        assert plan.sink is not None and plan.recent is not None and plan.budget is not None
+        kept = plan.sink, plan.recent, plan.budget
+        ops.select_units(step.scores, step.table.seq_lens, *kept, step.selection, threshold)
 
 
 def load_artifact(source: str, kind: Kind) -> Artifact:

@@ -11,7 +11,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from sparseserve import ops
-from sparseserve.errors import ConfigError
 from sparseserve.plan import ModelShape
 from sparseserve.policies.base import BudgetPolicy, PositiveTokens, Tokens
 from sparseserve.types import HeadShape, LayerPlan, NewTokens, PagedKV, Scope, Step
@@ -115,9 +114,7 @@ class Hip(BudgetPolicy):
         return keys * key + self.summary_bytes(model.heads, model.page_size)
 
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
-        if self.wide_layers > model.layers:
-            allowed = f"at most {model.layers} ({model.name} has {model.layers} layers)"
-            raise ConfigError("wide_layers", self.wide_layers, allowed, remedy="give --set wide_layers=0")
+        model.check_first_layers("wide_layers", self.wide_layers, default=0)
         return tuple(self._plan(layer, model.heads) for layer in range(model.layers))
 
     def _plan(self, layer: int, heads: HeadShape) -> LayerPlan:

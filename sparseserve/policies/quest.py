@@ -8,7 +8,6 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from sparseserve import ops
-from sparseserve.errors import ConfigError
 from sparseserve.plan import ModelShape
 from sparseserve.policies.base import BudgetPolicy, PositiveTokens, Tokens
 from sparseserve.types import Bound, HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step
@@ -45,9 +44,7 @@ class Quest(BudgetPolicy):
         return self.unit_tokens
 
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
-        if self.dense_layers > model.layers:
-            allowed = f"at most {model.layers} ({model.name} has {model.layers} layers)"
-            raise ConfigError("dense_layers", self.dense_layers, allowed, remedy="give --set dense_layers=2")
+        model.check_first_layers("dense_layers", self.dense_layers, default=2)
         return tuple(
             LayerPlan(layer, Role.DENSE, dense_output=True)
             if layer < self.dense_layers
@@ -64,7 +61,7 @@ class Quest(BudgetPolicy):
     def select(
         self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float
     ) -> None:
-        assert summary is not None and plan.sink is not None and plan.recent is not None and plan.budget is not None
+        assert summary is not None
         table = step.table
         ops.score_pages(query, summary, table.pages, table.seq_lens, self.unit_tokens, self.bound, scores=step.scores)
-        ops.select_units(step.scores, table.seq_lens, plan.sink, plan.recent, plan.budget, step.selection)
+        self.take_best(plan, step)

@@ -8,13 +8,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from sparseserve.artifacts.s2 import TRAINED_OFFSET, first_blocks
 from sparseserve.plan import ModelShape
 from sparseserve.policies.base import Policy, load_artifact
 from sparseserve.types import LayerPlan, Role, Scope, Step, Window
 
 Blocks = Annotated[int, Field(ge=1)]
-# Phi-3-small's modeling code slides over query heads; its head 0 keeps block stride - 1, DKernel's keeps block 0.
-TRAINED = {"scope": "query_head", "offset_blocks": 1}
+TRAINED = {"scope": "query_head", "offset_blocks": TRAINED_OFFSET}
 
 
 class S2(Policy):
@@ -92,8 +92,7 @@ class S2(Policy):
 
     def prepare(self, step: Step, model: ModelShape) -> None:
         heads, total = self._heads(model)
-        slide = 0 if self.homo_heads else max(1, self.stride // total)
-        first = -(heads * slide + self.offset_blocks) % self.stride
+        first = first_blocks(heads, total, self.stride, self.homo_heads, self.offset_blocks)
         units = step.selection.units
         units.copy_(first[:, None] + self.stride * torch.arange(units.shape[2]))
         blocks = -(-step.table.seq_lens // self.block_tokens)

@@ -78,9 +78,7 @@ class Seer(BudgetPolicy):
             remedy = f"give --block-size {-(-model.page_size // self.selection_unit) * self.selection_unit}"
             raise UnsupportedError(Problem("--block-size", model.page_size, allowed, remedy=remedy))
         dense = max(self.dense_layers, self._gates.arguments["start_layer"])
-        if dense > model.layers:
-            allowed = f"at most {model.layers} ({model.name} has {model.layers} layers)"
-            raise ConfigError("dense_layers", dense, allowed, remedy="give --set dense_layers=0")
+        model.check_first_layers("dense_layers", dense, default=0)
         if self.selection_slots(model.max_len) == 0:
             least = self.selection_unit + self.sink_tokens + self.recent_tokens
             allowed = f"at least {least}: a block of {self.selection_unit} tokens beside sink and recent tokens"
@@ -136,10 +134,6 @@ class Seer(BudgetPolicy):
         self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float
     ) -> None:
         assert summary is not None and plan.gate is not None
-        assert plan.sink is not None and plan.recent is not None and plan.budget is not None
         table, unit = step.table, self.selection_unit
         ops.score_gates(query, summary, table.pages, table.seq_lens, unit, plan.gate, scores=step.scores)
-        threshold = None if self.threshold is None else log(self.threshold)
-        ops.select_units(
-            step.scores, table.seq_lens, plan.sink, plan.recent, plan.budget, step.selection, threshold=threshold
-        )
+        self.take_best(plan, step, None if self.threshold is None else log(self.threshold))

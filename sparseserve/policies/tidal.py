@@ -90,7 +90,6 @@ class Tidal(BudgetPolicy):
     def select(
         self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float
     ) -> None:
-        assert plan.sink is not None and plan.recent is not None and plan.budget is not None
         table = step.table
         ops.score_tokens(
             query,
@@ -102,7 +101,7 @@ class Tidal(BudgetPolicy):
             unit_tokens=self.unit_tokens,
             scores=step.scores,
         )
-        ops.select_units(step.scores, table.seq_lens, plan.sink, plan.recent, plan.budget, step.selection)
+        self.take_best(plan, step)
 
 
 def published_reselection(model: ModelShape) -> int:

@@ -12,7 +12,7 @@ from sparseserve.decode import SparseLayer, decode_layer
 from sparseserve.plan import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.step import StepBuffers
-from sparseserve.types import NewTokens, PageTable, Selection
+from sparseserve.types import LayerPlan, NewTokens, PageTable, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,16 @@ class Bed:
         memory = torch.full((model.layers, pool, page + tail), filler, dtype=dtype)
         shape = (pool, heads.kv_heads, page_size, 2 * heads.head_dim)
         stride = (page + tail, page_size * 2 * heads.head_dim, 2 * heads.head_dim, 1)
-        self.layers = [self._layer(torch.as_strided(layer, shape, stride), index) for index, layer in enumerate(memory)]
-        self.buffers = StepBuffers(policy, policy.plans(model), heads, len(lengths), model.max_len)
+        plans = policy.plans(model)
+        caches = (torch.as_strided(layer, shape, stride) for layer in memory)
+        self.layers = [self._layer(cache, plan) for cache, plan in zip(caches, plans, strict=True)]
+        self.buffers = StepBuffers(policy, plans, heads, len(lengths), model.max_len)
 
-    def _layer(self, cache: Tensor, index: int) -> SparseLayer:
+    def _layer(self, cache: Tensor, plan: LayerPlan) -> SparseLayer:
         heads = self.model.heads
         return SparseLayer(
             policy=self.policy,
-            plan=self.policy.plans(self.model)[index],
+            plan=plan,
             kv=cpu_views(cache),
             summary=summaries(cache, self.policy.summary_shape(heads, self.page_size)),
             scale=heads.head_dim**-0.5,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from sparseserve.policies import Policy
-from sparseserve.types import NewTokens
+from sparseserve.types import HeadShape, NewTokens
 
 
 def rebind(worker: Any, policy: Policy, pages: Sequence[int] = ()) -> None:
@@ -25,6 +25,11 @@ def rebind(worker: Any, policy: Policy, pages: Sequence[int] = ()) -> None:
                 builder.bind(policy)
             for name in group.layer_names if pages else ():
                 _rebuild(layers[name], policy, torch.tensor(pages))
+
+
+def roomiest(policies: Iterable[Policy], heads: HeadShape, page_size: int) -> Policy:
+    """The policy whose summaries need the most room in a page: the one to start an engine with."""
+    return max(policies, key=lambda policy: policy.summary_bytes(heads, page_size))
 
 
 def running_pages(worker: Any) -> list[int]:

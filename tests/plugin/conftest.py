@@ -10,6 +10,7 @@ from offline import Engine
 from sparseserve.demo import circuits
 from sparseserve.demo.build import build
 from sparseserve.policies import Policy
+from sparseserve.testing.engine import roomiest
 from sparseserve.types import HeadShape
 
 HEADS = HeadShape(circuits.KV_HEADS, circuits.GROUP, circuits.HEAD_DIM)
@@ -29,8 +30,7 @@ def start(model: Path) -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
     def start(policies: Iterable[Policy], **settings: Any) -> Engine:
-        roomiest = max(policies, key=lambda policy: policy.summary_bytes(HEADS, PAGE))
-        engines.append(Engine(model, roomiest, **settings))
+        engines.append(Engine(model, roomiest(policies, HEADS, PAGE), **settings))
         return engines[0]
 
     yield start
