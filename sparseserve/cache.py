@@ -20,17 +20,20 @@ def cpu_views(kv_cache: Tensor) -> PagedKV:
     return PagedKV(key, value)
 
 
-def summaries(kv_cache: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-    """The page summaries [M, *shape] fp32 in the tails of the pages of `kv_cache` [M, H, P, 2D]; None for no shape."""
+def summaries(kv_cache: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor | None:
+    """The page summaries [M, *shape] in the tails of the pages of `kv_cache` [M, H, P, 2D]; None for no shape.
+
+    They are of `dtype`, or of the cache's for None.
+    """
     if not shape:
         return None
     pages, heads, page_size, width = kv_cache.shape
-    floats = torch.Size(shape).numel()
-    elements = floats * 4 // kv_cache.element_size()
+    dtype = dtype or kv_cache.dtype
+    elements = torch.Size(shape).numel() * dtype.itemsize // kv_cache.element_size()
     tail = torch.as_strided(
         kv_cache,
         (pages, elements),
         (kv_cache.stride(0), 1),
         kv_cache.storage_offset() + heads * page_size * width,
     )
-    return tail.view(torch.float32).view(pages, *shape)
+    return tail.view(dtype).view(pages, *shape)

@@ -18,7 +18,7 @@ class SparseLayer:
     policy: Policy
     plan: LayerPlan
     kv: PagedKV
-    summary: Tensor | None  # [M, ...] fp32, in the tails of the pages
+    summary: Tensor | None  # [M, ...], in the tails of the pages
     scale: float
 
 

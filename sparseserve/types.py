@@ -35,7 +35,7 @@ class Bound(Enum):
     """How the summary of a unit bounds its keys."""
 
     MIN_MAX = "min_max"  # smallest and largest key, per dim
-    MEAN_STD = "mean_std"  # sum and sum of squares, per dim
+    MEAN_STD = "mean_std"  # mean and standard deviation, per dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +154,8 @@ class LayerPlan:
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
-    """Keys and values that were just written to the cache."""
+    """Tokens whose keys and values were just written to the cache."""
 
-    key: Tensor  # [T, H, D]
-    value: Tensor  # [T, H, D]
     slots: Tensor  # [T] int64, page * P + offset, -1 for padding
     positions: Tensor  # [T] int64, in their rows
 

@@ -61,5 +61,5 @@ def test_hip_reads_the_keys_it_probes_and_one_state() -> None:
     policy = Hip(wide_layers=0)
     (select,) = cost(policy).roles
     keys = LENGTH / 256 * 18 / 32 + LENGTH / 32 * 12 / 16 + 8192 / 8 * 8 / 8  # chunks x probes / steps
-    assert select.scored_bytes == 6 * (keys * KEY + policy.summary_bytes(MODEL.heads, MODEL.page_size))
+    assert select.scored_bytes == 6 * (keys * KEY + policy.summary_bytes(MODEL.heads, MODEL.page_size, 2))
     assert select.kv_bytes == 6 * 3328 * 2 * KEY

@@ -159,11 +159,11 @@ def bench_score_tokens(requests: Requests, rounds: int) -> list[Result]:
 
 def bench_score_pages(requests: Requests, rounds: int) -> list[Result]:
     dim, units = requests.shape.head_dim, PAGE // UNIT
-    per_row, page_floats = requests.context // PAGE, KV_HEADS * units * 2 * dim
-    touched = per_row * page_floats * 4
+    per_row, page_bytes = requests.context // PAGE, KV_HEADS * units * 2 * dim * DTYPE.itemsize
+    touched = per_row * page_bytes
     rows = max(2, TOUCHED_BYTES // touched)
     low = torch.randn(rows * per_row, KV_HEADS, units, 1, dim)
-    summary = torch.cat([low * UNIT, (low.square() + 1) * UNIT], 3)
+    summary = torch.cat([low, low.abs()], 3).to(DTYPE)
     pages = torch.randperm(rows * per_row).view(rows, per_row).int()
     scores = torch.empty(1, KV_HEADS, requests.context // UNIT)
     calls: dict[str, Call] = {}
@@ -178,7 +178,7 @@ def bench_score_pages(requests: Requests, rounds: int) -> list[Result]:
         exact = reference.score_pages(*arguments, dtype=torch.float64)
         assert_as_exact(call(0), exact, reference.score_pages(*arguments), terms=2 * dim)
     for prefetch in (False, True):
-        read_call = pages_call(summary, pages, page_floats * 4, KV_HEADS, units * 2 * dim * 4, prefetch)
+        read_call = pages_call(summary, pages, page_bytes, 1, page_bytes, prefetch)
         calls[f"read summaries{' ahead' * prefetch}"] = read_call
     return results(requests, calls, touched, rounds)
 
@@ -202,18 +202,17 @@ def bench_select_units(requests: Requests, rounds: int) -> list[Result]:
 def bench_summarize_pages(requests: Requests, rounds: int) -> list[Result]:
     """A prefill of the whole context."""
     dim, units = requests.shape.head_dim, PAGE // UNIT
-    key = torch.randn(requests.context, KV_HEADS, dim).to(DTYPE)
-    slots = requests.slots(0)
-    summary, expected = (torch.zeros(len(requests.cache), KV_HEADS, units, 2, dim) for _ in range(2))
-    ops.summarize_pages(key[:512], slots[:512], summary, UNIT, Bound.MEAN_STD)
-    reference.summarize_pages(key[:512], slots[:512], expected, UNIT, Bound.MEAN_STD)
-    assert torch.equal(summary, expected)
-    starts = torch.arange(requests.context) * KV_HEADS * dim * 2
+    key, slots = requests.kv.key, [requests.slots(i) for i in range(requests.count)]
+    summary, expected = (torch.zeros(len(key), KV_HEADS, units, 2, dim, dtype=DTYPE) for _ in range(2))
+    ops.summarize_pages(key, slots[0][:512], summary, Bound.MEAN_STD)
+    reference.summarize_pages(key, slots[0][:512], expected, Bound.MEAN_STD)
+    torch.testing.assert_close(summary, expected)
+    lists = [[torch.arange(requests.context // UNIT)] * KV_HEADS] * requests.count
     calls: dict[str, Call] = {
-        "summarize_pages": lambda i: ops.summarize_pages(key, slots, summary, UNIT, Bound.MEAN_STD),
-        "read new keys": lambda i: read(key, starts, 1, KV_HEADS * dim * 2, 0, False),
+        "summarize_pages": lambda i: ops.summarize_pages(key, slots[i % requests.count], summary, Bound.MEAN_STD),
+        "read keys": tiles_call(requests, lists, False, False),
     }
-    return results(requests, calls, key.nbytes, rounds)
+    return results(requests, calls, requests.context * KV_HEADS * dim * DTYPE.itemsize, rounds)
 
 
 def bench_search_blocks(requests: Requests, rounds: int) -> list[Result]:

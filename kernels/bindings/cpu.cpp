@@ -147,21 +147,30 @@ Scores scores_of(const Tensor& scores, int64_t rows, int64_t heads, const int32_
   return {static_cast<float*>(scores.mutable_data_ptr()), scores.stride(0), scores.stride(1)};
 }
 
-SummaryPool summary_of(const Tensor& summary, int64_t kv_heads, int64_t head_dim) {
+SummaryPool summary_of(const Tensor& summary, int64_t kv_heads, int64_t head_dim, ScalarType type) {
   check_shape(summary, "summary", {-1, kv_heads, -1, 2, head_dim});
-  check_type(summary, "summary", ScalarType::Float);
+  check_type(summary, "summary", type);
   check_stride(summary, "summary", 2, 2 * head_dim);
   check_stride(summary, "summary", 3, head_dim);
   check_stride(summary, "summary", 4, 1);
-  return {static_cast<float*>(summary.mutable_data_ptr()), summary.stride(0), summary.stride(1), summary.size(2)};
+  return {summary.mutable_data_ptr(), summary.stride(0), summary.stride(1), summary.size(2)};
 }
 
-// Where just-written tokens lie among the `end` tokens of a pool, [T], -1 for padding.
-const int64_t* slots_of(const Tensor& slots, int64_t tokens, int64_t end) {
-  const int64_t* slot = dense<int64_t>(slots, "slots", ScalarType::Long, {tokens});
+// Tokens [T] at `slots`, -1 for padding, just written to the keys of a pool whose pages have `units` units.
+Written written_of(const Tensor& key, const Tensor& slots, const Tensor& summary) {
+  check_shape(key, "key", {-1, -1, -1, -1});
+  const int64_t page_size = key.size(2), units = summary.size(2), unit = page_size / units;
+  check_stride(key, "key", 2, 1);
+  check_stride(key, "key", 3, page_size);
+  STD_TORCH_CHECK(page_size % units == 0 && unit % 16 == 0, "a unit must be a multiple of 16 tokens, not ", page_size,
+                  " / ", units);
+  STD_TORCH_CHECK(summary.size(0) == key.size(0), "key and summary must have the same pages");
+  const int64_t* slot = dense<int64_t>(slots, "slots", ScalarType::Long, {-1});
   for (int64_t t = 0; t < slots.size(0); ++t)
-    STD_TORCH_CHECK(slot[t] >= -1 && slot[t] < end, "slots[", t, "] = ", slot[t], " lies outside ", end, " tokens");
-  return slot;
+    STD_TORCH_CHECK(slot[t] >= -1 && slot[t] < key.size(0) * page_size, "slots[", t, "] = ", slot[t],
+                    " lies outside ", key.size(0) * page_size, " tokens");
+  return {{key.const_data_ptr(), key.stride(0), key.stride(1)}, dtype_of(key, "key"), key.size(1),
+          check_head_dim(key.size(3)), page_size, unit, slots.size(0), slot};
 }
 
 Bound bound_of(int64_t bound) {
@@ -199,7 +208,7 @@ void score_tokens(const Tensor& query, const Tensor& key, const Tensor& pages, c
 void score_pages(const Tensor& query, const Tensor& summary, const Tensor& pages, const Tensor& seq_lens,
                  int64_t unit_tokens, int64_t bound, Tensor scores) {
   const Query q = query_of(query);
-  const SummaryPool pool = summary_of(summary, -1, q.head_dim);
+  const SummaryPool pool = summary_of(summary, -1, q.head_dim, query.scalar_type());
   const int64_t kv_heads = summary.size(1);
   check_heads(q.heads, kv_heads, 1);
   const Rows rows = rows_of(pages, seq_lens, q.rows, pool.units * unit_tokens);
@@ -208,14 +217,11 @@ void score_pages(const Tensor& query, const Tensor& summary, const Tensor& pages
                     to.data, to.row_stride, to.head_stride});
 }
 
-void summarize_pages(const Tensor& key, const Tensor& slots, Tensor summary, int64_t unit_tokens, int64_t bound) {
-  check_shape(key, "key", {-1, -1, -1});
-  check_stride(key, "key", 2, 1);
-  const int64_t tokens = key.size(0), kv_heads = key.size(1), head_dim = check_head_dim(key.size(2));
-  const SummaryPool pool = summary_of(summary, kv_heads, head_dim);
-  const int64_t* slot = slots_of(slots, tokens, summary.size(0) * pool.units * unit_tokens);
-  cpu::summarize_pages({key.const_data_ptr(), dtype_of(key, "key"), tokens, kv_heads, head_dim, key.stride(0),
-                        key.stride(1), slot, pool, unit_tokens, bound_of(bound)});
+void summarize_pages(const Tensor& key, const Tensor& slots, Tensor summary, int64_t bound) {
+  check_shape(summary, "summary", {-1, -1, -1, 2, -1});
+  const Written written = written_of(key, slots, summary);
+  cpu::summarize_pages({written, bound_of(bound),
+                        summary_of(summary, written.kv_heads, written.head_dim, key.scalar_type())});
 }
 
 void select_units(const Tensor& scores, const Tensor& seq_lens, const Tensor& sink, const Tensor& recent,
@@ -258,29 +264,22 @@ SummaryPool gate_keys_of(const Tensor& summary, int64_t kv_heads, int64_t dim) {
   check_type(summary, "summary", ScalarType::Float);
   check_stride(summary, "summary", 2, dim);
   check_stride(summary, "summary", 3, 1);
-  return {static_cast<float*>(summary.mutable_data_ptr()), summary.stride(0), summary.stride(1), summary.size(2)};
+  return {summary.mutable_data_ptr(), summary.stride(0), summary.stride(1), summary.size(2)};
 }
 
 void summarize_gates(const Tensor& key, const Tensor& slots, const Tensor& positions, const Tensor& weight,
                      std::optional<Tensor> norm, const Tensor& unrope, std::optional<Tensor> rope, Tensor summary) {
-  check_shape(key, "key", {-1, -1, -1, -1});
-  const int64_t kv_heads = key.size(1), page_size = key.size(2), head_dim = check_head_dim(key.size(3));
-  check_stride(key, "key", 2, 1);
-  check_stride(key, "key", 3, page_size);
-  const GateBranch gate = gate_of(weight, kv_heads, 3 * head_dim, head_dim, norm, unrope, rope);
-  const SummaryPool pool = gate_keys_of(summary, kv_heads, gate.dim);
-  const int64_t unit = page_size / pool.units;
-  STD_TORCH_CHECK(page_size % pool.units == 0 && unit % 16 == 0, "a block must be a multiple of 16 tokens, not ",
-                  page_size, " / ", pool.units);
-  STD_TORCH_CHECK(summary.size(0) == key.size(0), "key and summary must have the same pages");
-  const int64_t* slot = slots_of(slots, -1, key.size(0) * page_size);
-  const int64_t* position = dense<int64_t>(positions, "positions", ScalarType::Long, {slots.size(0)});
-  for (int64_t t = 0; t < slots.size(0); ++t)
-    STD_TORCH_CHECK(slot[t] < 0 || (slot[t] + 1) % unit || (position[t] + 1 >= unit && position[t] < unrope.size(0)),
+  check_shape(summary, "summary", {-1, -1, -1, -1});
+  const Written written = written_of(key, slots, summary);
+  const int64_t unit = written.unit_tokens, dim = written.head_dim;
+  const GateBranch gate = gate_of(weight, written.kv_heads, 3 * dim, dim, norm, unrope, rope);
+  const SummaryPool pool = gate_keys_of(summary, written.kv_heads, gate.dim);
+  const int64_t* position = dense<int64_t>(positions, "positions", ScalarType::Long, {written.tokens});
+  for (int64_t t = 0; t < written.tokens; ++t)
+    STD_TORCH_CHECK(!written.completes_unit(t) || (position[t] + 1 >= unit && position[t] < unrope.size(0)),
                     "positions[", t, "] = ", position[t], " ends no block of ", unit, " of ", unrope.size(0),
                     " tokens");
-  cpu::summarize_gates({{key.const_data_ptr(), key.stride(0), key.stride(1)}, dtype_of(key, "key"), kv_heads, head_dim,
-                        page_size, unit, slots.size(0), slot, position, gate, pool});
+  cpu::summarize_gates({written, position, gate, pool});
 }
 
 void score_gates(const Tensor& query, const Tensor& summary, const Tensor& pages, const Tensor& seq_lens,

@@ -9,12 +9,13 @@ namespace sparseserve::cpu {
 
 void summarize_gates(const SummarizeGatesParams& params) {
   std::vector<int64_t> last;  // tokens that complete a block
-  for (int64_t t = 0; t < params.tokens; ++t)
-    if (params.slots[t] >= 0 && (params.slots[t] + 1) % params.unit_tokens == 0) last.push_back(t);
-  const int64_t weights = params.kv_heads * 3 * params.head_dim * params.gate.dim;
+  const Written& from = params.written;
+  for (int64_t t = 0; t < from.tokens; ++t)
+    if (from.completes_unit(t)) last.push_back(t);
+  const int64_t weights = from.kv_heads * 3 * from.head_dim * params.gate.dim;
   for_each_item(last.size(), last.size() * weights * 4, [&](int64_t i, int64_t) {
     thread_local Scratch<float> angles;
-    isa().summarize_gate(params, last[i], angles.get(params.head_dim * params.unit_tokens));
+    isa().summarize_gate(params, last[i], angles.get(from.head_dim * from.unit_tokens));
   });
 }
 

@@ -57,13 +57,13 @@ struct Isa {
   // Adds the attention mass of every token to mass, [heads, tiles * 32], or [tiles * 32] summed over the heads.
   void (*token_mass)(const ScoreTokensParams&, const HeadGroup&, const float* lse, const Tile*, int64_t tiles,
                      const Ahead&, bool per_head, float* queries, float* mass);
-  // Scores of the `units` consecutive units at `summary`, the last of which holds `last_tokens`; queries is [G, D].
-  void (*score_units)(const ScorePagesParams&, const float* queries, int64_t group, const float* summary,
-                      int64_t units, int64_t last_tokens, const float* ahead, float* scores);
+  // Scores of the `units` consecutive units at `summary`; queries is [G, D].
+  void (*score_units)(const ScorePagesParams&, const float* queries, int64_t group, const char* summary,
+                      int64_t units, const char* ahead, float* scores);
   // Query heads [head, head + heads) of a row as fp32 [heads, D].
   void (*load_queries)(const Query&, int64_t row, int64_t head, int64_t heads, float* queries);
-  // Dims [dim, dim + 16) of one KV head over all tokens, strictly in order.
-  void (*summarize_dims)(const SummarizeParams&, int64_t head, int64_t dim);
+  // The summaries, of all KV heads, of the unit that ends at `last_slot`.
+  void (*summarize_unit)(const SummarizeParams&, int64_t last_slot);
   // Raises the scores of chunks to the best of the group's heads. queries: [heads, D] scratch; dots: [kDotTiles, heads,
   // 32] scratch.
   void (*chunk_scores)(const SearchBlocksParams&, const HeadGroup&, const Chunks&, float* queries, float* dots,

@@ -1,5 +1,6 @@
 // Scores of units by their summaries.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "isa.h"
@@ -10,7 +11,7 @@ namespace sparseserve::cpu {
 
 namespace {
 
-constexpr int64_t kChunkUnits = 64;
+constexpr int64_t kChunkSummaries = 64;
 
 class PageScores {
  public:
@@ -18,16 +19,16 @@ class PageScores {
       : params_(params),
         group_(params.query.heads / params.kv_heads),
         page_size_(params.summary.units * params.unit_tokens),
-        chunk_pages_(std::max<int64_t>(1, kChunkUnits / params.summary.units)) {}
+        chunk_pages_(std::max<int64_t>(1, kChunkSummaries / (params.kv_heads * params.summary.units))) {}
 
   void run() {
+    const int64_t unit_bytes = 2 * params_.query.head_dim * size_of(params_.query.dtype);
     int64_t bytes = 0;
     for (int64_t row = 0; row < params_.query.rows; ++row) {
       const int64_t pages = (params_.seq_lens[row] + page_size_ - 1) / page_size_;
-      bytes += pages * params_.kv_heads * params_.summary.units * 2 * params_.query.head_dim * 4;
-      for (int64_t head = 0; head < params_.kv_heads; ++head)
-        for (int64_t page = 0; page < pages; page += chunk_pages_)
-          items_.push_back({row, head, page, std::min(page + chunk_pages_, pages)});
+      bytes += pages * params_.kv_heads * params_.summary.units * unit_bytes;
+      for (int64_t page = 0; page < pages; page += chunk_pages_)
+        items_.push_back({row, page, std::min(page + chunk_pages_, pages)});
     }
     for_each_item(items_.size(), bytes,
                   [&](int64_t i, int64_t next) { score(items_[i], next < 0 ? nullptr : &items_[next]); });
@@ -35,26 +36,33 @@ class PageScores {
 
  private:
   struct Item {
-    int64_t row, head, begin, end;  // logical pages
+    int64_t row, begin, end;  // logical pages
   };
 
-  const float* summary(const Item& item, int64_t page) const {
-    return params_.summary.data + params_.pages[item.row * params_.pages_stride + page] * params_.summary.page_stride +
-           item.head * params_.summary.head_stride;
+  const char* summary(int64_t row, int64_t page, int64_t head) const {
+    const SummaryPool& pool = params_.summary;
+    const int64_t at = params_.pages[row * params_.pages_stride + page] * pool.page_stride + head * pool.head_stride;
+    return static_cast<const char*>(pool.data) + at * size_of(params_.query.dtype);
   }
 
+  // All heads of a page in a row: their summaries lie side by side.
   void score(const Item& item, const Item* next) {
     thread_local Scratch<float> scratch;
-    float* queries = scratch.get(group_ * params_.query.head_dim);
-    isa().load_queries(params_.query, item.row, item.head * group_, group_, queries);
-    float* scores = params_.scores + item.row * params_.scores_row_stride + item.head * params_.scores_head_stride;
-    const int64_t unit = params_.unit_tokens;
+    const int64_t dims = params_.query.head_dim, units = params_.summary.units;
+    float* queries = scratch.get(params_.query.heads * dims);
+    isa().load_queries(params_.query, item.row, 0, params_.query.heads, queries);
+    const int64_t last = (params_.seq_lens[item.row] - 1) / params_.unit_tokens;
     for (int64_t page = item.begin; page < item.end; ++page) {
-      const int64_t tokens = std::min(page_size_, params_.seq_lens[item.row] - page * page_size_);
-      const int64_t units = (tokens + unit - 1) / unit;
-      const float* ahead = page + 1 < item.end ? summary(item, page + 1) : next ? summary(*next, next->begin) : nullptr;
-      isa().score_units(params_, queries, group_, summary(item, page), units, tokens - (units - 1) * unit, ahead,
-                        scores + page * params_.summary.units);
+      const int64_t first = page * units, complete = std::min(units, last - first);
+      for (int64_t head = 0; head < params_.kv_heads; ++head) {
+        const char* ahead = page + 1 < item.end ? summary(item.row, page + 1, head)
+                            : next              ? summary(next->row, next->begin, head)
+                                                : nullptr;
+        float* scores = params_.scores + item.row * params_.scores_row_stride + head * params_.scores_head_stride;
+        isa().score_units(params_, queries + head * group_ * dims, group_, summary(item.row, page, head), complete,
+                          ahead, scores + first);
+        if (last < first + units) scores[last] = INFINITY;
+      }
     }
   }
 

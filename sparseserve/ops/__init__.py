@@ -34,15 +34,15 @@ __all__ = [
 _BOUNDS = {bound: number for number, bound in enumerate(Bound)}
 
 
-def summarize_pages(key: Tensor, slots: Tensor, summary: Tensor, unit_tokens: int, bound: Bound) -> None:
-    """Fold just-written keys into the summaries of their units.
+def summarize_pages(key: Tensor, slots: Tensor, summary: Tensor, bound: Bound) -> None:
+    """Write the summaries of the units that just-written tokens complete, from the keys of the cache.
 
-    key [T, H, D]; slots [T] int64, page * P + offset or -1 for padding, ascending within a unit; summary
-    [M, H, U, 2, D] fp32, dense from U on. MIN_MAX keeps minimum and maximum, MEAN_STD sum and sum of squares, token by
-    token in fp32. A token at offset 0 of a unit starts the unit afresh.
+    key [M, H, P, D]; slots [T] int64, page * P + offset or -1 for padding; summary [M, H, U, 2, D] of the same dtype,
+    dense from U on; units of P / U tokens, a multiple of 16. MIN_MAX writes minimum and maximum, MEAN_STD mean and
+    standard deviation, computed in fp32. The arithmetic of a unit has one order, whatever else is summarized.
     """
     kernels()
-    torch.ops.sparseserve.summarize_pages(key, slots, summary, unit_tokens, _BOUNDS[bound])
+    torch.ops.sparseserve.summarize_pages(key, slots, summary, _BOUNDS[bound])
 
 
 def score_pages(
@@ -56,9 +56,10 @@ def score_pages(
 ) -> Tensor:
     """Score every unit by what its summary says about its keys: q.center + |q|.half, the best of the group.
 
-    query [B, Hq, D]; summary [M, H, U, 2, D] fp32; pages [B, N] int32; seq_lens [B] int32; scores [B, H, >= units]
-    fp32. MIN_MAX: centre and half width of the box, Quest (arXiv 2406.10774). MEAN_STD: mean and standard deviation of
-    the keys (arXiv 2605.27740). Unscaled. Units at or beyond the length are left as they are.
+    query [B, Hq, D]; summary [M, H, U, 2, D] of the same dtype; pages [B, N] int32; seq_lens [B] int32; scores
+    [B, H, >= units] fp32. MIN_MAX: centre and half width of the box, Quest (arXiv 2406.10774). MEAN_STD: mean and
+    standard deviation of the keys (arXiv 2605.27740). Unscaled. The last unit, complete or not, scores infinity: as in
+    Quest's code it is always taken. Units at or beyond the length are left as they are.
     """
     kernels()
     if scores is None:

@@ -9,7 +9,7 @@ import importlib.util
 import torch
 
 SCHEMAS = {
-    "summarize_pages": "(Tensor key, Tensor slots, Tensor(a!) summary, int unit_tokens, int bound) -> ()",
+    "summarize_pages": "(Tensor key, Tensor slots, Tensor(a!) summary, int bound) -> ()",
     "score_pages": "(Tensor query, Tensor summary, Tensor pages, Tensor seq_lens, int unit_tokens, int bound, "
     "Tensor(a!) scores) -> ()",
     "score_tokens": "(Tensor query, Tensor key, Tensor pages, Tensor seq_lens, Tensor lse, float scale, "

@@ -162,7 +162,7 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
             bound = self._bound(kv_cache)
             metadata = get_forward_context().attn_metadata[layer.layer_name]
             tokens = metadata.positions.shape[0]
-            new = NewTokens(key[:tokens], value[:tokens], slot_mapping[:tokens], metadata.positions)
+            new = NewTokens(slot_mapping[:tokens], metadata.positions)
             self._policy.summarize(new, bound.kv, bound.summary, bound.plan)
 
     def forward(
@@ -199,6 +199,6 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
 
     def _bound(self, kv_cache: Tensor) -> SparseLayer:
         if self._layer is None or self._layer.kv.key.data_ptr() != kv_cache.data_ptr():
-            summary = summaries(kv_cache, self._summary_shape)
+            summary = summaries(kv_cache, self._summary_shape, self._policy.summary_dtype)
             self._layer = SparseLayer(self._policy, self._plan, cpu_views(kv_cache), summary, self.scale)
         return self._layer

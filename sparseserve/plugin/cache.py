@@ -18,5 +18,5 @@ def with_summaries(spec: AttentionSpec, policy: Policy) -> AttentionSpec:
     if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
         return spec
     heads = HeadShape(spec.num_kv_heads, 1, spec.head_size)
-    extra = policy.summary_bytes(heads, spec.block_size)
+    extra = policy.summary_bytes(heads, spec.block_size, spec.dtype.itemsize)
     return replace(spec, page_size_padded=spec.unpadded_page_size_bytes + extra) if extra else spec

@@ -28,6 +28,7 @@ class Policy(BaseModel, ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str | None] = None
+    summary_dtype: ClassVar[torch.dtype | None] = None  # of the page summaries; the cache's without
 
     min_tokens: Tokens = Field(1024, description="rows of at most this many tokens take vLLM's own attention")
 
@@ -62,25 +63,26 @@ class Policy(BaseModel, ABC):
         return float((length - (start - first).clamp(min=0)).double().mean())
 
     def summary_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
-        """Shape of one page's fp32 summary, () for none."""
+        """Shape of one page's summary, () for none."""
         return ()
 
-    def summary_bytes(self, heads: HeadShape, page_size: int) -> int:
-        """Bytes that the policy wants in the tail of every page."""
+    def summary_bytes(self, heads: HeadShape, page_size: int, element_bytes: int) -> int:
+        """Bytes that the policy wants in the tail of every page; `element_bytes` is the size of a cached number."""
         shape = self.summary_shape(heads, page_size)
-        return 4 * prod(shape) if shape else 0
+        size = element_bytes if self.summary_dtype is None else self.summary_dtype.itemsize
+        return size * prod(shape) if shape else 0
 
     def summarize(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
-        """Fold tokens just written to `kv` into the page summaries [M, ...] of their layer."""
+        """Bring the page summaries [M, ...] of a layer up to date with tokens just written to its `kv`."""
 
     def scored_bytes(self, plan: LayerPlan, model: ModelShape, length: int, element_bytes: int) -> float:
         """Bytes that a layer reads in a step beside the tokens it attends to, for a row of `length` tokens.
 
-        The summaries of the whole row for layers that select. `element_bytes` is the size of a number in the cache.
+        The summaries of the whole row for layers that select. `element_bytes` is the size of a cached number.
         """
         if plan.role is not Role.SELECT:
             return 0
-        return -(-length // model.page_size) * self.summary_bytes(model.heads, model.page_size)
+        return -(-length // model.page_size) * self.summary_bytes(model.heads, model.page_size, element_bytes)
 
     def prepare(self, step: Step, model: ModelShape) -> None:
         """Write the units that WINDOW layers share, from the lengths alone."""

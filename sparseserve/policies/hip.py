@@ -41,6 +41,7 @@ class Hip(BudgetPolicy):
     name: ClassVar[str] = "hip"
     summary: ClassVar[str] = "The blocks that a search in three stages finds by a few keys; most steps reuse them."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2502.08910"
+    summary_dtype: ClassVar[torch.dtype | None] = torch.int32
 
     budget_tokens: PositiveTokens = Field(3328, description="tokens a head attends to, sink and recent included")
     sink_tokens: Tokens = Field(256, description="first tokens, always attended to; a multiple of the last chunk")
@@ -111,7 +112,7 @@ class Hip(BudgetPolicy):
             period = min(period, steps)
             probes = 2 * chunk.bit_length()  # two in each round, from the width of the chunk down to 1
             keys += min(length, kept) / chunk * probes / period
-        return keys * key + self.summary_bytes(model.heads, model.page_size)
+        return keys * key + self.summary_bytes(model.heads, model.page_size, element_bytes)
 
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         model.check_first_layers("wide_layers", self.wide_layers, default=0)
@@ -143,7 +144,7 @@ class Hip(BudgetPolicy):
             kv.key,
             step.table.pages,
             step.table.seq_lens,
-            summary.view(torch.int32),
+            summary,
             chunk_tokens=self.chunk_tokens,
             stage_tokens=self.stage_tokens,
             refresh_steps=self.refresh_steps,

@@ -22,7 +22,7 @@ class Quest(BudgetPolicy):
     """Selects units of tokens by a bound on q.k from the unit's key summary, kept in the tail of its page.
 
     The score of a KV head is the largest over its query heads. `min_max` is the paper's bound; `mean_std`
-    (arXiv 2605.27740) takes mean + standard deviation per channel in its place.
+    (arXiv 2605.27740) takes mean + standard deviation per channel in its place. The last unit is always selected.
     """
 
     name: ClassVar[str] = "quest"
@@ -56,7 +56,7 @@ class Quest(BudgetPolicy):
         return (heads.kv_heads, page_size // self.unit_tokens, 2, heads.head_dim)
 
     def summarize(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
-        ops.summarize_pages(new.key, new.slots, summary, self.unit_tokens, self.bound)
+        ops.summarize_pages(kv.key, new.slots, summary, self.bound)
 
     def select(
         self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float

@@ -11,11 +11,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sparseserve import ops
 from sparseserve.artifacts import Artifact
 from sparseserve.plan import ModelShape
 from sparseserve.policies.base import Policy, PositiveTokens, Tokens, load_artifact
-from sparseserve.types import Bound, HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step, Window
+from sparseserve.types import HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step, Window
 
 SINK_TOKENS, RECENT_TOKENS = 64, 1024  # where neither the artifact nor the user says
 
@@ -97,17 +96,18 @@ class Retrieval(Policy):
         )
 
     def summary_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
-        # sums and sums of squares of keys and of values; a page is one unit
-        return (2, heads.kv_heads, 1, 2, heads.head_dim) if self.compensate else ()
+        return (2, heads.kv_heads, heads.head_dim) if self.compensate else ()  # means of keys and of values
 
     def summarize(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
-        for half, tokens in enumerate((new.key, new.value)):
-            ops.summarize_pages(tokens, new.slots, summary[:, half], kv.page_size, Bound.MEAN_STD)
+        ends = new.slots[(new.slots >= 0) & ((new.slots + 1) % kv.page_size == 0)]
+        full = ends // kv.page_size
+        for half, pool in enumerate((kv.key, kv.value)):
+            summary[full, half] = pool[full].float().mean(2).to(summary.dtype)
 
     def scored_bytes(self, plan: LayerPlan, model: ModelShape, length: int, element_bytes: int) -> int:
         if not self.compensate or plan.role is not Role.WINDOW:
             return 0
-        return -(-length // model.page_size) * self.summary_bytes(model.heads, model.page_size) // 2  # the sums alone
+        return -(-length // model.page_size) * self.summary_bytes(model.heads, model.page_size, element_bytes)
 
     def after_attend(
         self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float, out: Tensor
@@ -116,7 +116,7 @@ class Retrieval(Policy):
             return
         spans = step.windows[plan.layer].minimum(step.table.seq_lens[:, None, None])
         first, last = (spans // kv.page_size).unbind(-1)  # [B, H], in pages
-        key, value = page_means(summary, step.table.pages, first[:, 0], last.amax(1), kv.page_size).unbind(1)
+        key, value = mean_of_pages(summary, step.table.pages, first[:, 0], last.amax(1)).unbind(1)
         group = query.shape[1] // key.shape[1]
         key, value, drops = (part.repeat_interleave(group, 1) for part in (key, value, last > first))
         logit = scale * (query.float() * key).sum(-1)
@@ -124,11 +124,10 @@ class Retrieval(Policy):
         out.copy_(out.float().lerp(value, weight))
 
 
-def page_means(summary: Tensor, pages: Tensor, first: Tensor, last: Tensor, page_size: int) -> Tensor:
+def mean_of_pages(summary: Tensor, pages: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """Means of the keys and of the values, [B, 2, H, D] fp32, in pages [first, last) [B] of every row; 0 for none."""
-    sums = summary[..., 0, 0, :]
     means = []
     for row, start, end in zip(pages, first.tolist(), last.tolist(), strict=True):
-        dropped = sums.index_select(0, row[start:end])  # indexing is five times slower
-        means.append(dropped.sum(0) / (max(1, end - start) * page_size))
+        dropped = summary.index_select(0, row[start:end])  # indexing is five times slower
+        means.append(dropped.sum(0, dtype=torch.float32) / max(1, end - start))
     return torch.stack(means)

@@ -8,6 +8,7 @@ from functools import cached_property
 from math import log
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -33,6 +34,7 @@ class Seer(BudgetPolicy):
     name: ClassVar[str] = "seer"
     summary: ClassVar[str] = "The blocks that a trained gate expects the most attention in, chosen in every layer."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.08889"
+    summary_dtype: ClassVar[torch.dtype | None] = torch.float32
 
     artifact: str = Field(description="the decode gates: a folder as published, or what `convert` wrote")
     budget_tokens: PositiveTokens = Field(2048, description="tokens a head attends to, the last block included")

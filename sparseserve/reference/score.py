@@ -25,22 +25,17 @@ def score_pages(
         shape = query.shape[0], summary.shape[1], pages.shape[1] * summary.shape[2]
         scores = query.new_full(shape, -torch.inf, dtype=dtype)
     for row, length in enumerate(seq_lens.tolist()):
-        units = -(-length // unit_tokens)
-        tokens = (length - unit_tokens * torch.arange(units)).clamp(max=unit_tokens)
-        center, half = _box(row_units(summary, pages[row], units).to(dtype), tokens, bound)
+        if length == 0:
+            continue
+        last = (length - 1) // unit_tokens
+        center, half = row_units(summary, pages[row], last).to(dtype).unbind(2)  # [H, last, D]
+        if bound is Bound.MIN_MAX:
+            center, half = (center + half) / 2, (half - center) / 2
         queries = query[row].to(dtype).reshape(summary.shape[1], -1, query.shape[2])  # [H, G, D]
         bounds = queries @ center.transpose(1, 2) + queries.abs() @ half.transpose(1, 2)
-        scores[row, :, :units] = bounds.amax(1)
+        scores[row, :, :last] = bounds.amax(1)
+        scores[row, :, last] = torch.inf
     return scores
-
-
-def _box(summary: Tensor, tokens: Tensor, bound: Bound) -> tuple[Tensor, Tensor]:
-    """Centre and half width [H, units, D] of the keys behind `summary` [H, units, 2, D]."""
-    first, second = summary.unbind(2)
-    if bound is Bound.MIN_MAX:
-        return (first + second) / 2, (second - first) / 2
-    mean, square = first / tokens[:, None], second / tokens[:, None]
-    return mean, (square - mean * mean).clamp(min=0).sqrt()
 
 
 def score_tokens(

@@ -44,7 +44,7 @@ def explain(source: PolicySource, argv: list[str], lengths: Sequence[int]) -> Ex
         policy,
         model,
         token_bytes(model.heads, element_bytes),
-        policy.summary_bytes(model.heads, model.page_size),
+        policy.summary_bytes(model.heads, model.page_size, element_bytes),
         tuple(step_cost(policy, plans, model, length, element_bytes) for length in _lengths(lengths, model)),
     )
 

@@ -46,7 +46,7 @@ class Bed:
         order = torch.randperm(pool, generator=torch.Generator().manual_seed(page_order))
         self.pages = order[: per_row * len(lengths)].view(len(lengths), per_row).to(torch.int32)
         page = heads.kv_heads * page_size * 2 * heads.head_dim
-        tail = policy.summary_bytes(heads, page_size) // dtype.itemsize
+        tail = policy.summary_bytes(heads, page_size, dtype.itemsize) // dtype.itemsize
         memory = torch.full((model.layers, pool, page + tail), filler, dtype=dtype)
         shape = (pool, heads.kv_heads, page_size, 2 * heads.head_dim)
         stride = (page + tail, page_size * 2 * heads.head_dim, 2 * heads.head_dim, 1)
@@ -61,7 +61,7 @@ class Bed:
             policy=self.policy,
             plan=plan,
             kv=cpu_views(cache),
-            summary=summaries(cache, self.policy.summary_shape(heads, self.page_size)),
+            summary=summaries(cache, self.policy.summary_shape(heads, self.page_size), self.policy.summary_dtype),
             scale=heads.head_dim**-0.5,
         )
 
@@ -74,7 +74,7 @@ class Bed:
         kv.key[page, :, offset], kv.value[page, :, offset] = key, value
         summary = self.layers[layer].summary
         if summary is not None:
-            new = NewTokens(key, value, page * self.page_size + offset, positions)
+            new = NewTokens(page * self.page_size + offset, positions)
             self.policy.summarize(new, kv, summary, self.layers[layer].plan)
 
     def fill(self, keys: Tensor, values: Tensor, chunk: int | None = None) -> Bed:

@@ -43,6 +43,12 @@ class Case:
         """The most tokens that a row can hold, N * P."""
         return self.pages.shape[1] * self.kv.page_size
 
+    def slots(self, row: int) -> tuple[Tensor, Tensor]:
+        """Slots and positions of the tokens of a row."""
+        token = torch.arange(int(self.seq_lens[row]))
+        page = self.pages[row].long()[token // self.kv.page_size]
+        return page * self.kv.page_size + token % self.kv.page_size, token
+
 
 def paged_kv(
     lengths: Sequence[int],

@@ -28,8 +28,8 @@ def rebind(worker: Any, policy: Policy, pages: Sequence[int] = ()) -> None:
 
 
 def roomiest(policies: Iterable[Policy], heads: HeadShape, page_size: int) -> Policy:
-    """The policy whose summaries need the most room in a page: the one to start an engine with."""
-    return max(policies, key=lambda policy: policy.summary_bytes(heads, page_size))
+    """The policy whose summaries need the most room in a page of 16-bit numbers: the one to start an engine with."""
+    return max(policies, key=lambda policy: policy.summary_bytes(heads, page_size, 2))
 
 
 def running_pages(worker: Any) -> list[int]:
@@ -46,7 +46,5 @@ def _rebuild(layer: Any, policy: Policy, pages: torch.Tensor) -> None:
     if bound.summary is None:
         return
     size = bound.kv.page_size
-    key, value = (pool[pages].transpose(1, 2).flatten(0, 1) for pool in (bound.kv.key, bound.kv.value))
     slots = (pages[:, None] * size + torch.arange(size)).flatten()
-    new = NewTokens(key.contiguous(), value.contiguous(), slots, torch.arange(len(slots)))
-    policy.summarize(new, bound.kv, bound.summary, bound.plan)
+    policy.summarize(NewTokens(slots, torch.arange(len(slots))), bound.kv, bound.summary, bound.plan)

@@ -54,21 +54,14 @@ def empty(case: Case, point: dict[str, Any], dtype: torch.dtype = torch.float32)
     return memory[:, :-48].view(-1, heads, units, dim)
 
 
-def slots(case: Case, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slots and positions of a row's tokens."""
-    token = torch.arange(int(case.seq_lens[row]))
-    page = case.pages[row].long()[token // case.kv.page_size]
-    return page * case.kv.page_size + token % case.kv.page_size, token
-
-
 def summarize(case: Case, gate: Gate, point: dict[str, Any], dtype: torch.dtype | None = None) -> torch.Tensor:
     """By the kernel, or by the reference in `dtype`."""
     summary = empty(case, point, dtype or torch.float32)
     for row in range(len(case.seq_lens)):
         if dtype is None:
-            ops.summarize_gates(case.kv.key, *slots(case, row), gate, summary)
+            ops.summarize_gates(case.kv.key, *case.slots(row), gate, summary)
         else:
-            reference.summarize_gates(case.kv.key, *slots(case, row), gate, summary, dtype=dtype)
+            reference.summarize_gates(case.kv.key, *case.slots(row), gate, summary, dtype=dtype)
     return summary
 
 
@@ -115,8 +108,8 @@ def test_pooling_is_maximum_minimum_mean_of_the_keys_before_rotation(isa: str) -
 def test_decoded_blocks_equal_prefilled_ones(length: int, chunk: int, isa: str) -> None:
     case, gate = make(AT_64, [length])
     whole, grown = empty(case, AT_64), empty(case, AT_64)
-    ops.summarize_gates(case.kv.key, *slots(case, 0), gate, whole)
-    for at, positions in zip(*(part.split(chunk) for part in slots(case, 0)), strict=True):
+    ops.summarize_gates(case.kv.key, *case.slots(0), gate, whole)
+    for at, positions in zip(*(part.split(chunk) for part in case.slots(0)), strict=True):
         ops.summarize_gates(case.kv.key, at, positions, gate, grown)
     assert equal(whole, grown)
     assert int((~whole.isnan()).all(-1).sum()) == length // 64 * 2  # units of two heads
@@ -125,7 +118,7 @@ def test_decoded_blocks_equal_prefilled_ones(length: int, chunk: int, isa: str) 
 def test_padding_and_other_rows_change_nothing(isa: str) -> None:
     case, gate = make(AT_64, [200, 130])
     apart, together = summarize(case, gate, AT_64), empty(case, AT_64)
-    (first, at_first), (second, at_second) = slots(case, 0), slots(case, 1)
+    (first, at_first), (second, at_second) = case.slots(0), case.slots(1)
     padding = torch.tensor([-1])
     mixed = torch.cat([padding, second[100:], first, padding, second[:100], padding])
     positions = torch.cat([padding, at_second[100:], at_first, padding, at_second[:100], padding])
@@ -181,7 +174,7 @@ def test_rows_and_threads_change_nothing(isa: str) -> None:
 def test_wrong_inputs_are_refused() -> None:
     case, gate = make(AT_64, [128])
     summary = empty(case, AT_64)
-    at, positions = slots(case, 0)
+    at, positions = case.slots(0)
     with pytest.raises(RuntimeError, match="lies outside"):
         ops.summarize_gates(case.kv.key, at + summary.shape[0] * 128, positions, gate, summary)
     with pytest.raises(RuntimeError, match="ends no block"):
@@ -196,7 +189,7 @@ def test_wrong_inputs_are_refused() -> None:
 def test_opcheck() -> None:
     case, gate = make(AT_64, [128])
     summary = empty(case, AT_64)
-    written = case.kv.key, *slots(case, 0), gate.key, gate.key_norm, gate.unrope, gate.rope, summary
+    written = case.kv.key, *case.slots(0), gate.key, gate.key_norm, gate.unrope, gate.rope, summary
     torch.library.opcheck(torch.ops.sparseserve.summarize_gates.default, written, test_utils=OPCHECKS)
     scored = (case.query, summary, case.pages, case.seq_lens, 64, gate.query, None, gate.unrope, None,
               torch.zeros(1, 2, 2))  # fmt: skip

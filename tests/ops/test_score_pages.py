@@ -10,23 +10,21 @@ from sparseserve.testing.cases import DTYPES, GROUPS, HEAD_DIMS, OPCHECKS, Case,
 from sparseserve.testing.oracle import assert_as_exact
 from sparseserve.types import Bound, HeadShape
 
-GRID = sample_grid(12, dtype=DTYPES, head_dim=HEAD_DIMS, group=GROUPS, page_size=[64, 96, 128], unit=[1, 16, 32],
+GRID = sample_grid(12, dtype=DTYPES, head_dim=HEAD_DIMS, group=GROUPS, page_size=[96, 128, 192], unit=[16, 32],
                    bound=list(Bound))  # fmt: skip
 LENGTHS = [0, 1, 65, 700]
 
 
 def make(point: dict[str, Any]) -> tuple[Case, torch.Tensor]:
-    """A case and its summaries; units without tokens hold NaN."""
+    """A case and its summaries; incomplete units hold NaN."""
     shape = HeadShape(kv_heads=2, group=point["group"], head_dim=point["head_dim"])
     case = paged_kv(LENGTHS, shape, point["page_size"], point["dtype"])
     page_size, unit = point["page_size"], point["unit"]
-    memory = torch.full((len(case.kv.key), 2 * page_size // unit * 2 * shape.head_dim + 48), torch.nan)
+    wide = 2 * page_size // unit * 2 * shape.head_dim + 48
+    memory = torch.full((len(case.kv.key), wide), torch.nan, dtype=point["dtype"])
     summary = memory[:, :-48].view(-1, 2, page_size // unit, 2, shape.head_dim)
-    for row, length in enumerate(LENGTHS):
-        token = torch.arange(length)
-        slots = case.pages[row].long()[token // page_size] * page_size + token % page_size
-        keys = reference.paging.row_tokens(case.kv.key, case.pages[row], length).transpose(0, 1)
-        ops.summarize_pages(keys.contiguous(), slots, summary, unit, point["bound"])
+    for row in range(len(LENGTHS)):
+        ops.summarize_pages(case.kv.key, case.slots(row)[0], summary, point["bound"])
     return case, summary
 
 
@@ -42,13 +40,13 @@ def test_min_max_is_an_upper_bound_and_the_sum_of_the_larger_products(isa: str) 
     point = GRID[0] | {"dtype": torch.float32, "group": 1, "bound": Bound.MIN_MAX, "unit": 16, "page_size": 64}
     case, summary = make(point)
     scores = ops.score_pages(case.query, summary, case.pages, case.seq_lens, 16, Bound.MIN_MAX)
-    row, length = 3, LENGTHS[3]
-    low, high = reference.paging.row_units(summary, case.pages[row], length // 16).unbind(2)
+    row, complete = 3, LENGTHS[3] // 16
+    low, high = reference.paging.row_units(summary, case.pages[row], complete).unbind(2)
     query = case.query[row][:, None]
-    torch.testing.assert_close(scores[row, :, : length // 16], torch.maximum(query * low, query * high).sum(2))
-    keys = reference.paging.row_tokens(case.kv.key, case.pages[row], length // 16 * 16)
+    torch.testing.assert_close(scores[row, :, :complete], torch.maximum(query * low, query * high).sum(2))
+    keys = reference.paging.row_tokens(case.kv.key, case.pages[row], complete * 16)
     products = (query * keys).sum(2).view(2, -1, 16)
-    assert (scores[row, :, : length // 16, None] >= products - 1e-4).all()
+    assert (scores[row, :, :complete, None] >= products - 1e-4).all()
 
 
 def test_units_beyond_the_row_are_untouched(isa: str) -> None:
@@ -58,7 +56,9 @@ def test_units_beyond_the_row_are_untouched(isa: str) -> None:
     ops.score_pages(case.query, summary, case.pages, case.seq_lens, unit, GRID[1]["bound"], scores=scores)
     for row, length in enumerate(LENGTHS):
         used = -(-length // unit)
-        assert (scores[row, :, used:] == -7).all() and scores[row, :, :used].isfinite().all()
+        assert (scores[row, :, used:] == -7).all()
+        assert (scores[row, :, max(used - 1, 0) : used] == torch.inf).all()  # the last unit is always taken
+        assert scores[row, :, : max(used - 1, 0)].isfinite().all()
 
 
 def test_rows_and_threads_change_nothing(isa: str) -> None:

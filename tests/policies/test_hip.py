@@ -95,10 +95,9 @@ def test_a_reissued_page_forgets_its_search() -> None:
 def test_only_pages_that_begin_forget() -> None:
     policy, heads = Hip(**SMALL), MODEL.heads
     kv = Bed(policy, MODEL, [1]).layers[0].kv
-    summary = torch.ones(6, *policy.summary_shape(heads, 64))
-    new = torch.zeros(4, 2, 32)
+    summary = torch.ones(6, *policy.summary_shape(heads, 64), dtype=torch.int32)
     slots = torch.tensor([2 * 64, 3 * 64 + 1, -1, 5 * 64])
-    policy.summarize(NewTokens(new, new, slots, torch.arange(4)), kv, summary, policy.plans(MODEL)[0])
+    policy.summarize(NewTokens(slots, torch.arange(4)), kv, summary, policy.plans(MODEL)[0])
     assert (summary[:, 0, 0] == 0).nonzero().flatten().tolist() == [2, 5]
 
 
@@ -107,8 +106,8 @@ def test_the_state_of_a_page_is_a_few_percent_of_it(scope: Any, heads: int) -> N
     policy, shape = Hip(scope=scope), HeadShape(kv_heads=4, group=2, head_dim=64)
     assert policy.head_scope is Scope(scope)
     page = 2 * 2 * 128 * shape.kv_heads * shape.head_dim  # bytes in bf16
-    assert 0.02 * heads < policy.summary_bytes(shape, 128) / page < 0.03 * heads
-    assert policy.summary_bytes(shape, 128) % 64 == 0
+    assert 0.02 * heads < policy.summary_bytes(shape, 128, 2) / page < 0.03 * heads
+    assert policy.summary_bytes(shape, 128, 2) % 64 == 0
 
 
 def test_lists_come_from_flags_and_travel() -> None:

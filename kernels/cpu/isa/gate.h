@@ -9,16 +9,6 @@ namespace sparseserve::cpu::SPARSESERVE_ISA {
 
 constexpr float kNormEpsilon = 1e-6f;
 
-// Sixteen lanes into one, the same tree on every instruction set.
-template <class Fold>
-SPARSESERVE_INLINE float fold_lanes(const Float (&x)[kBlockVectors], Fold fold) {
-  float lanes[16];
-  for (int v = 0; v < kBlockVectors; ++v) store(lanes + v * kLanes, x[v]);
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] = fold(lanes[i], lanes[i + half]);
-  return lanes[0];
-}
-
 template <int V>
 SPARSESERVE_INLINE void project_dims(const float* x, int64_t count, const float* weight, int64_t dims, float* out) {
   Float sum[V];
@@ -45,7 +35,7 @@ inline void finish(const GateBranch& gate, int64_t position, float* x) {
         const Float y = load(x + e + v * kLanes);
         squares[v] += y * y;
       }
-    const float mean = fold_lanes(squares, [](float a, float b) { return a + b; }) / static_cast<float>(dims);
+    const float mean = fold_lanes(squares, kPlus) / static_cast<float>(dims);
     const float scale = 1.f / __builtin_sqrtf(mean + kNormEpsilon);
     for (int64_t e = 0; e < dims; ++e) x[e] = x[e] * scale * gate.norm[e];
   }
@@ -70,9 +60,9 @@ struct Pooled {
   }
 
   SPARSESERVE_INLINE void store_to(float* pooled, int64_t dims, int64_t tokens) const {
-    pooled[0] = fold_lanes(most, [](float a, float b) { return a < b ? b : a; });
-    pooled[dims] = fold_lanes(least, [](float a, float b) { return b < a ? b : a; });
-    pooled[2 * dims] = fold_lanes(sum, [](float a, float b) { return a + b; }) / static_cast<float>(tokens);
+    pooled[0] = fold_lanes(most, kMore);
+    pooled[dims] = fold_lanes(least, kLess);
+    pooled[2 * dims] = fold_lanes(sum, kPlus) / static_cast<float>(tokens);
   }
 };
 
@@ -99,18 +89,19 @@ void pool_block(const T* key, int64_t page_size, int64_t tokens, int64_t dims, c
 template <class T>
 void summarize_block(const SummarizeGatesParams& params, int64_t token, float* angles) {
   const GateBranch& gate = params.gate;
-  const int64_t dims = params.head_dim, tokens = params.unit_tokens, begin = params.slots[token] + 1 - tokens;
-  const int64_t page = begin / params.page_size, column = begin % params.page_size;
+  const Written& from = params.written;
+  const int64_t dims = from.head_dim, tokens = from.unit_tokens, begin = from.slots[token] + 1 - tokens;
+  const int64_t page = begin / from.page_size, column = begin % from.page_size;
   const int64_t position = params.positions[token] + 1 - tokens;
   for (int64_t i = 0; i < tokens; ++i)
     for (int64_t d = 0; d < dims; ++d) angles[d * tokens + i] = gate.unrope[(position + i) * dims + d];
   float pooled[3 * kMaxHeadDim];
-  for (int64_t head = 0; head < params.kv_heads; ++head) {
-    const T* key = static_cast<const T*>(params.key.data) + page * params.key.page_stride +
-                   head * params.key.head_stride + column;
-    pool_block(key, params.page_size, tokens, dims, angles, pooled);
-    float* out = params.summary.data + page * params.summary.page_stride + head * params.summary.head_stride +
-                 column / tokens * gate.dim;
+  for (int64_t head = 0; head < from.kv_heads; ++head) {
+    const T* key =
+        static_cast<const T*>(from.key.data) + page * from.key.page_stride + head * from.key.head_stride + column;
+    pool_block(key, from.page_size, tokens, dims, angles, pooled);
+    float* out = static_cast<float*>(params.summary.data) + page * params.summary.page_stride +
+                 head * params.summary.head_stride + column / tokens * gate.dim;
     for (int64_t e = 0; e < gate.dim; ++e) out[e] = 0.f;
     project(pooled, 3 * dims, gate.weight + head * 3 * dims * gate.dim, gate.dim, out);
     finish(gate, position, out);
@@ -118,7 +109,7 @@ void summarize_block(const SummarizeGatesParams& params, int64_t token, float* a
 }
 
 inline void summarize_gate(const SummarizeGatesParams& params, int64_t token, float* angles) {
-  switch (params.dtype) {
+  switch (params.written.dtype) {
     case DType::kBFloat16:
       return summarize_block<bf16>(params, token, angles);
     case DType::kHalf:
@@ -174,8 +165,8 @@ inline void score_gates(const ScoreGatesParams& params, int64_t row, int64_t hea
   const int32_t* pages = params.pages + row * params.pages_stride;
   float* scores = params.scores + row * params.scores_row_stride + head * params.scores_head_stride;
   for (int64_t u = 0; u < units; ++u) {
-    const float* key =
-        pool.data + pages[u / pool.units] * pool.page_stride + head * pool.head_stride + u % pool.units * dims;
+    const float* key = static_cast<const float*>(pool.data) + pages[u / pool.units] * pool.page_stride +
+                       head * pool.head_stride + u % pool.units * dims;
     Float sum{};
     for (int64_t e = 0; e < dims; e += kLanes) sum = fma(load(query + e), load(key + e), sum);
     scores[u] = reduce_add(sum);

@@ -12,6 +12,6 @@ namespace sparseserve::cpu::SPARSESERVE_ISA {
 
 extern const Isa kIsa;
 const Isa kIsa = {SPARSESERVE_STRING(SPARSESERVE_ISA), attend_chunk, merge_chunks, token_mass, score_units,
-                  load_queries, summarize_dims, chunk_scores, summarize_gate, score_gates};
+                  load_queries, summarize_unit, chunk_scores, summarize_gate, score_gates};
 
 }  // namespace sparseserve::cpu::SPARSESERVE_ISA

@@ -64,37 +64,15 @@ inline void load_queries(const Query& query, int64_t row, int64_t head, int64_t 
   }
 }
 
-struct Box {
-  float center[kMaxHeadDim];
-  float half[kMaxHeadDim];
-};
-
-// Quest (arXiv 2406.10774): sum_d max(q_d min_d, q_d max_d) = q.center + |q|.half.
-SPARSESERVE_INLINE void min_max_box(const float* low, const float* high, int64_t dims, Box& box) {
-  for (int64_t d = 0; d < dims; d += kLanes) {
-    const Float a = load(low + d), b = load(high + d);
-    store(box.center + d, (a + b) * 0.5f);
-    store(box.half + d, (b - a) * 0.5f);
-  }
-}
-
-// Mean and standard deviation (arXiv 2605.27740).
-SPARSESERVE_INLINE void mean_std_box(const float* sum, const float* squares, int64_t tokens, int64_t dims, Box& box) {
-  const float inverse = 1.f / static_cast<float>(tokens);
-  for (int64_t d = 0; d < dims; d += kLanes) {
-    const Float mean = load(sum + d) * inverse;
-    store(box.center + d, mean);
-    store(box.half + d, square_root(maximum(Float{}, load(squares + d) * inverse - mean * mean)));
-  }
-}
-
-// The highest score among N query heads.
-template <int N>
-SPARSESERVE_INLINE float best_score(const Box& box, const float* queries, int64_t dims) {
+// The highest score among N query heads. Quest (arXiv 2406.10774): sum_d max(q_d min_d, q_d max_d) = q.center +
+// |q|.half; mean and standard deviation (arXiv 2605.27740) are a centre and a half width themselves.
+template <int N, class T>
+SPARSESERVE_INLINE float best_score(const T* first, const T* second, bool min_max, const float* queries, int64_t dims) {
   Float total[N];
   for (Float& x : total) x = Float{};
   for (int64_t d = 0; d < dims; d += kLanes) {
-    const Float center = load(box.center + d), half = load(box.half + d);
+    const Float a = load(first + d), b = load(second + d);
+    const Float center = min_max ? (a + b) * 0.5f : a, half = min_max ? (b - a) * 0.5f : b;
     for (int n = 0; n < N; ++n) {
       const Float q = load(queries + n * dims + d);
       total[n] = fma(absolute(q), half, fma(q, center, total[n]));
@@ -108,24 +86,34 @@ SPARSESERVE_INLINE float best_score(const Box& box, const float* queries, int64_
   return best;
 }
 
-inline void score_units(const ScorePagesParams& params, const float* queries, int64_t group, const float* summary,
-                        int64_t units, int64_t last_tokens, const float* ahead, float* scores) {
-  const int64_t dims = params.query.head_dim;
-  Box box;
+template <class T>
+void score_units_as(const ScorePagesParams& params, const float* queries, int64_t group, const char* summary,
+                    int64_t units, const char* ahead, float* scores) {
+  const int64_t dims = params.query.head_dim, bytes = 2 * dims * static_cast<int64_t>(sizeof(T));
+  const bool min_max = params.bound == Bound::kMinMax;
   for (int64_t u = 0; u < units; ++u) {
-    const float *first = summary + u * 2 * dims, *second = first + dims;
+    const T *first = reinterpret_cast<const T*>(summary + u * bytes), *second = first + dims;
     if (ahead)
-      for (int64_t d = 0; d < 2 * dims; d += 16) __builtin_prefetch(ahead + u * 2 * dims + d, 0, 3);
-    if (params.bound == Bound::kMinMax)
-      min_max_box(first, second, dims, box);
-    else
-      mean_std_box(first, second, u + 1 < units ? params.unit_tokens : last_tokens, dims, box);
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + u * bytes + i, 0, 3);
     float best = -INFINITY;
     for_each_block(group, [&]<int N>(int64_t g) {
-      const float score = best_score<N>(box, queries + g * dims, dims);
+      const float score = min_max ? best_score<N>(first, second, true, queries + g * dims, dims)
+                                  : best_score<N>(first, second, false, queries + g * dims, dims);
       best = score > best ? score : best;
     });
     scores[u] = best;
+  }
+}
+
+inline void score_units(const ScorePagesParams& params, const float* queries, int64_t group, const char* summary,
+                        int64_t units, const char* ahead, float* scores) {
+  switch (params.query.dtype) {
+    case DType::kBFloat16:
+      return score_units_as<bf16>(params, queries, group, summary, units, ahead, scores);
+    case DType::kHalf:
+      return score_units_as<fp16>(params, queries, group, summary, units, ahead, scores);
+    case DType::kFloat:
+      return score_units_as<float>(params, queries, group, summary, units, ahead, scores);
   }
 }
 

@@ -112,17 +112,6 @@ SPARSESERVE_INLINE Float maximum(Float a, Float b) { return a < b ? b : a; }
 SPARSESERVE_INLINE Float minimum(Float a, Float b) { return b < a ? b : a; }
 SPARSESERVE_INLINE Float absolute(Float x) { return bit_cast<Float>(bit_cast<Int>(x) & 0x7fffffff); }
 
-SPARSESERVE_INLINE Float square_root(Float x) {
-#if defined(__AVX512F__)
-  return _mm512_sqrt_ps(x);
-#elif defined(__AVX2__)
-  return _mm256_sqrt_ps(x);
-#else
-  for (int i = 0; i < kLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-#endif
-}
-
 // Folds the lanes in halves, the same tree in every call.
 template <class Fold>
 SPARSESERVE_INLINE float reduce(Float x, Fold fold) {

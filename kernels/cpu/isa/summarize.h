@@ -1,5 +1,5 @@
-// Running summaries of units. No fused multiply-add here: a unit filled by a prefill and one filled token by token must
-// agree bit for bit on every machine.
+// Summaries of units, from the keys of the cache. Sums run in sixteen fixed lanes and nothing is a fused multiply-add:
+// the bits depend neither on the machine nor on how a unit was filled.
 #pragma once
 
 #include "../isa.h"
@@ -9,102 +9,64 @@ namespace sparseserve::cpu::SPARSESERVE_ISA {
 
 constexpr int kBlockVectors = 16 / kLanes;
 
-// Both rows of a unit's summary, 16 dims wide.
-struct Running {
-  Float first[kBlockVectors], second[kBlockVectors];
-
-  SPARSESERVE_INLINE void load_from(const float* unit, int64_t dims) {
-    for (int v = 0; v < kBlockVectors; ++v) {
-      first[v] = load(unit + v * kLanes);
-      second[v] = load(unit + dims + v * kLanes);
-    }
-  }
-
-  SPARSESERVE_INLINE void store_to(float* unit, int64_t dims) const {
-    for (int v = 0; v < kBlockVectors; ++v) {
-      store(unit + v * kLanes, first[v]);
-      store(unit + dims + v * kLanes, second[v]);
-    }
-  }
-};
-
-struct MinMax {
-  SPARSESERVE_INLINE static void start(Float x, Float& low, Float& high) { low = high = x; }
-  SPARSESERVE_INLINE static void fold(Float x, Float& low, Float& high) {
-    low = minimum(low, x);
-    high = maximum(high, x);
-  }
-};
-
-struct Moments {
-  SPARSESERVE_INLINE static void start(Float x, Float& sum, Float& squares) {
-    sum = x;
-    squares = x * x;
-  }
-  SPARSESERVE_INLINE static void fold(Float x, Float& sum, Float& squares) {
-    sum += x;
-    squares += x * x;
-  }
-};
-
-inline float* unit_at(const SummarizeParams& params, int64_t head, int64_t unit) {
-  const SummaryPool& pool = params.summary;
-  return pool.data + unit / pool.units * pool.page_stride + head * pool.head_stride +
-         unit % pool.units * 2 * params.head_dim;
+// Sixteen lanes into one, the same tree on every instruction set.
+template <class Fold>
+SPARSESERVE_INLINE float fold_lanes(const Float (&x)[kBlockVectors], Fold fold) {
+  float lanes[16];
+  for (int v = 0; v < kBlockVectors; ++v) store(lanes + v * kLanes, x[v]);
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = fold(lanes[i], lanes[i + half]);
+  return lanes[0];
 }
 
-template <class T, class Rule>
-void fold_dims(const SummarizeParams& params, int64_t head, int64_t dim) {
-  const T* key = static_cast<const T*>(params.key) + head * params.key_head_stride + dim;
-  Running running;
-  float* unit = nullptr;      // whose summary `running` is
-  int64_t expected = -1;      // slot that goes on in that unit
-  int64_t left = 0;           // tokens still missing in it
-  const auto flush = [&] {
-    if (unit) running.store_to(unit, params.head_dim);
-    unit = nullptr;
-  };
-  for (int64_t t = 0; t < params.tokens; ++t, key += params.key_token_stride) {
-    const int64_t slot = params.slots[t];
-    if (slot < 0) continue;
-    bool fresh = false;
-    if (!unit || slot != expected || left == 0) {
-      flush();
-      const int64_t offset = slot % params.unit_tokens;
-      unit = unit_at(params, head, slot / params.unit_tokens) + dim;
-      left = params.unit_tokens - offset;
-      fresh = offset == 0;
-      if (!fresh) running.load_from(unit, params.head_dim);
-    }
-    for (int v = 0; v < kBlockVectors; ++v) {
-      const Float x = load(key + v * kLanes);
-      if (fresh)
-        Rule::start(x, running.first[v], running.second[v]);
-      else
-        Rule::fold(x, running.first[v], running.second[v]);
-    }
-    expected = slot + 1;
-    --left;
-  }
-  flush();
+constexpr auto kLess = [](auto a, auto b) { return b < a ? b : a; };
+constexpr auto kMore = [](auto a, auto b) { return a < b ? b : a; };
+constexpr auto kPlus = [](auto a, auto b) { return a + b; };
+
+// Folds map(x) over the keys of one dim, `tokens` a multiple of 16.
+template <class T, class Map, class Fold>
+SPARSESERVE_INLINE float fold_tokens(const T* key, int64_t tokens, Map map, Fold fold) {
+  Float x[kBlockVectors];
+  for (int v = 0; v < kBlockVectors; ++v) x[v] = map(load(key + v * kLanes));
+  for (int64_t i = 16; i < tokens; i += 16)
+    for (int v = 0; v < kBlockVectors; ++v) x[v] = fold(x[v], map(load(key + i + v * kLanes)));
+  return fold_lanes(x, fold);
 }
 
 template <class T>
-void fold_as(const SummarizeParams& params, int64_t head, int64_t dim) {
-  if (params.bound == Bound::kMinMax)
-    fold_dims<T, MinMax>(params, head, dim);
-  else
-    fold_dims<T, Moments>(params, head, dim);
+void summarize_unit_as(const SummarizeParams& params, int64_t last_slot) {
+  const Written& from = params.written;
+  const int64_t dims = from.head_dim, tokens = from.unit_tokens, begin = last_slot + 1 - tokens;
+  const int64_t page = begin / from.page_size, column = begin % from.page_size;
+  const auto itself = [](Float x) { return x; };
+  for (int64_t head = 0; head < from.kv_heads; ++head) {
+    const T* key =
+        static_cast<const T*>(from.key.data) + page * from.key.page_stride + head * from.key.head_stride + column;
+    T* out = static_cast<T*>(params.summary.data) + page * params.summary.page_stride +
+             head * params.summary.head_stride + column / tokens * 2 * dims;
+    for (int64_t d = 0; d < dims; ++d, key += from.page_size) {
+      if (params.bound == Bound::kMinMax) {
+        store_scalar(out + d, fold_tokens(key, tokens, itself, kLess));
+        store_scalar(out + dims + d, fold_tokens(key, tokens, itself, kMore));
+      } else {
+        const float mean = fold_tokens(key, tokens, itself, kPlus) / static_cast<float>(tokens);
+        const auto square = [mean](Float x) { return (x - mean) * (x - mean); };
+        const float variance = fold_tokens(key, tokens, square, kPlus) / static_cast<float>(tokens);
+        store_scalar(out + d, mean);
+        store_scalar(out + dims + d, __builtin_sqrtf(variance));
+      }
+    }
+  }
 }
 
-inline void summarize_dims(const SummarizeParams& params, int64_t head, int64_t dim) {
-  switch (params.dtype) {
+inline void summarize_unit(const SummarizeParams& params, int64_t last_slot) {
+  switch (params.written.dtype) {
     case DType::kBFloat16:
-      return fold_as<bf16>(params, head, dim);
+      return summarize_unit_as<bf16>(params, last_slot);
     case DType::kHalf:
-      return fold_as<fp16>(params, head, dim);
+      return summarize_unit_as<fp16>(params, last_slot);
     case DType::kFloat:
-      return fold_as<float>(params, head, dim);
+      return summarize_unit_as<float>(params, last_slot);
   }
 }
 

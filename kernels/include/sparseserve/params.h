@@ -77,9 +77,9 @@ struct ScoreTokensParams {
   int64_t scores_head_stride;
 };
 
-// Summaries of a page pool, [M, H, U, 2, D] fp32, dense from U on.
+// Summaries of a page pool, [M, H, U, 2, D] of the cache's dtype or gate keys [M, H, U, E] fp32, dense from U on.
 struct SummaryPool {
-  float* data;
+  void* data;
   int64_t page_stride;
   int64_t head_stride;
   int64_t units;         // U
@@ -99,18 +99,24 @@ struct ScorePagesParams {
   int64_t scores_head_stride;
 };
 
-struct SummarizeParams {
-  const void* key;       // [T, H, D]
+// Tokens just written to the keys of a pool.
+struct Written {
+  Pool key;
   DType dtype;
-  int64_t tokens;        // T
   int64_t kv_heads;      // H
   int64_t head_dim;      // D
-  int64_t key_token_stride;
-  int64_t key_head_stride;
+  int64_t page_size;     // P
+  int64_t unit_tokens;   // a multiple of 16
+  int64_t tokens;        // T
   const int64_t* slots;  // [T], page * P + offset, or -1
-  SummaryPool summary;
-  int64_t unit_tokens;
+
+  bool completes_unit(int64_t token) const { return slots[token] >= 0 && (slots[token] + 1) % unit_tokens == 0; }
+};
+
+struct SummarizeParams {
+  Written written;
   Bound bound;
+  SummaryPool summary;   // of the keys' dtype
 };
 
 struct SelectParams {
@@ -136,16 +142,8 @@ struct GateBranch {
   const float* rope;     // [positions, E] cos and sin, or null
 };
 
-// Summaries here are gate keys, [M, H, U, E] fp32.
 struct SummarizeGatesParams {
-  Pool key;
-  DType dtype;
-  int64_t kv_heads;      // H
-  int64_t head_dim;      // D
-  int64_t page_size;     // P
-  int64_t unit_tokens;   // a multiple of 16
-  int64_t tokens;        // T
-  const int64_t* slots;  // [T], page * P + offset, or -1
+  Written written;
   const int64_t* positions;  // [T], in their rows
   GateBranch gate;
   SummaryPool summary;
