@@ -34,7 +34,7 @@ def test_quest_reads_the_summaries_of_its_selecting_layers() -> None:
     dense, select = cost(Quest(budget_tokens=2048, unit_tokens=32)).roles
     assert (dense.layers, dense.bytes) == (2, 2 * LENGTH * 2 * KEY)
     assert (select.layers, select.tokens, select.kv_bytes) == (4, 2048, 4 * 2048 * 2 * KEY)
-    assert select.scored_bytes == 4 * LENGTH // 32 * (4 * 2 * 64 * 4)  # two fp32 vectors for every unit and head
+    assert select.scored_bytes == 4 * LENGTH // 32 * (4 * 2 * 64 * 2)  # two vectors for every unit and head
 
 
 def test_tidal_reads_the_keys_of_its_selection_layers_twice() -> None:
