@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.h' -o -name '*.txt')
+KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.txt')
 
 .PHONY: demo test lint bench clean
 
@@ -28,7 +28,7 @@ $(VENV)/.installed: deploy/cpu.lock
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed pyproject.toml $(KERNELS)
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps -Ccmake.define.SPARSESERVE_SIMULATOR=ON --editable .
 	touch $@
 
 clean:

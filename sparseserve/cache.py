@@ -20,6 +20,12 @@ def cpu_views(kv_cache: Tensor) -> PagedKV:
     return PagedKV(key, value)
 
 
+def cuda_views(kv_cache: Tensor) -> PagedKV:
+    """Views of vLLM's CUDA cache [M, H, P, 2D] in any order of its dims: a token's row is K, then V."""
+    key, value = kv_cache.chunk(2, -1)
+    return PagedKV(key, value)
+
+
 def summaries(kv_cache: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor | None:
     """The page summaries [M, *shape] in the tails of the pages of `kv_cache` [M, H, P, 2D]; None for no shape.
 

@@ -64,7 +64,7 @@ class Attention {
   void list_tiles() {
     const int64_t heads = params_.selection.heads, rows = params_.query.rows;
     int64_t most = 0;
-    for (int64_t row = 0; row < rows; ++row) most += tile_count(params_.cache.seq_lens[row]);
+    for (int64_t row = 0; row < rows; ++row) most += tile_count(params_.cache.table.seq_lens[row]);
     thread_local Scratch<Tile> scratch;
     Tile* tiles = scratch.get(most * heads);
     lists_.reserve(rows * heads);

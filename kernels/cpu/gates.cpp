@@ -25,9 +25,9 @@ void score_gates(const ScoreGatesParams& params) {
   int64_t bytes = 0;
   for (int64_t row = 0; row < rows; ++row)
     bytes += (params.query.heads * params.query.head_dim +
-              params.kv_heads * (params.seq_lens[row] / params.unit_tokens)) * params.gate.dim * 4;
+              params.kv_heads * (params.table.seq_lens[row] / params.unit_tokens)) * params.gate.dim * 4;
   for_each_item(rows * params.kv_heads, bytes, [&](int64_t i, int64_t) {
-    if (params.seq_lens[i % rows] > 0) isa().score_gates(params, i % rows, i / rows);
+    if (params.table.seq_lens[i % rows] > 0) isa().score_gates(params, i % rows, i / rows);
   });
 }
 

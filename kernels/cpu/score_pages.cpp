@@ -25,7 +25,7 @@ class PageScores {
     const int64_t unit_bytes = 2 * params_.query.head_dim * size_of(params_.query.dtype);
     int64_t bytes = 0;
     for (int64_t row = 0; row < params_.query.rows; ++row) {
-      const int64_t pages = (params_.seq_lens[row] + page_size_ - 1) / page_size_;
+      const int64_t pages = (params_.table.seq_lens[row] + page_size_ - 1) / page_size_;
       bytes += pages * params_.kv_heads * params_.summary.units * unit_bytes;
       for (int64_t page = 0; page < pages; page += chunk_pages_)
         items_.push_back({row, page, std::min(page + chunk_pages_, pages)});
@@ -41,7 +41,7 @@ class PageScores {
 
   const char* summary(int64_t row, int64_t page, int64_t head) const {
     const SummaryPool& pool = params_.summary;
-    const int64_t at = params_.pages[row * params_.pages_stride + page] * pool.page_stride + head * pool.head_stride;
+    const int64_t at = params_.table.pages[row * params_.table.stride + page] * pool.page_stride + head * pool.head_stride;
     return static_cast<const char*>(pool.data) + at * size_of(params_.query.dtype);
   }
 
@@ -51,7 +51,7 @@ class PageScores {
     const int64_t dims = params_.query.head_dim, units = params_.summary.units;
     float* queries = scratch.get(params_.query.heads * dims);
     isa().load_queries(params_.query, item.row, 0, params_.query.heads, queries);
-    const int64_t last = (params_.seq_lens[item.row] - 1) / params_.unit_tokens;
+    const int64_t last = (params_.table.seq_lens[item.row] - 1) / params_.unit_tokens;
     for (int64_t page = item.begin; page < item.end; ++page) {
       const int64_t first = page * units, complete = std::min(units, last - first);
       for (int64_t head = 0; head < params_.kv_heads; ++head) {

@@ -35,10 +35,10 @@ class TokenScores {
     int64_t bytes = 0;
     for (int64_t row = 0; row < params_.query.rows; ++row)
       for (int64_t head = 0; head < (params_.heads == 1 ? 1 : params_.cache.heads); ++head)
-        for (int64_t begin = 0; begin < params_.cache.seq_lens[row]; begin += kChunkTokens)
-          items_.push_back({row, head, begin, std::min<int64_t>(begin + kChunkTokens, params_.cache.seq_lens[row])});
+        for (int64_t begin = 0; begin < params_.cache.table.seq_lens[row]; begin += kChunkTokens)
+          items_.push_back({row, head, begin, std::min<int64_t>(begin + kChunkTokens, params_.cache.table.seq_lens[row])});
     for (int64_t row = 0; row < params_.query.rows; ++row)
-      bytes += params_.cache.seq_lens[row] * params_.cache.heads * params_.query.head_dim * size_;
+      bytes += params_.cache.table.seq_lens[row] * params_.cache.heads * params_.query.head_dim * size_;
     for_each_item(items_.size(), bytes,
                   [&](int64_t i, int64_t next) { score(items_[i], next < 0 ? nullptr : &items_[next]); });
   }
@@ -61,7 +61,7 @@ class TokenScores {
 
   Ahead ahead(int64_t row, int64_t kv_head, int64_t token) const {
     const Cache& cache = params_.cache;
-    const int64_t page = cache.pages[row * cache.pages_stride + token / cache.page_size];
+    const int64_t page = cache.table.pages[row * cache.table.stride + token / cache.page_size];
     return {key_of(kv_head) + (page * cache.key.page_stride + token % cache.page_size) * size_, nullptr, 0};
   }
 

@@ -51,7 +51,7 @@ class BlockSearch {
 
   void begin(int64_t row, int64_t head) {
     const Cache& cache = params_.cache;
-    const int64_t at = row * selection_.heads + head, length = cache.seq_lens[row];
+    const int64_t at = row * selection_.heads + head, length = cache.table.seq_lens[row];
     int32_t* spans = selection_.spans + 2 * at;
     if (length <= params_.budget[head]) {
       spans[0] = spans[1] = static_cast<int32_t>(length);
@@ -61,7 +61,7 @@ class BlockSearch {
     const int64_t recent = params_.recent[head];
     spans[0] = params_.sink[head];
     spans[1] = static_cast<int32_t>(length - recent);
-    const int64_t page = cache.pages[row * cache.pages_stride + (length - 1) / cache.page_size];
+    const int64_t page = cache.table.pages[row * cache.table.stride + (length - 1) / cache.page_size];
     int32_t* state = params_.state + page * params_.state_page_stride + head * params_.state_head_stride;
     searches_.push_back({row, head, length, length - std::max<int64_t>(0, recent - params_.chunk_tokens[0]),
                          first_stage(length, *state), state, {}, {}});
@@ -129,7 +129,7 @@ class BlockSearch {
     const Query& query = params_.query;
     const Cache& cache = params_.cache;
     thread_local Scratch<float> queries, dots;
-    const Chunks chunks{cache.pages + search.row * cache.pages_stride, search.chunks.data() + item.begin,
+    const Chunks chunks{cache.table.pages + search.row * cache.table.stride, search.chunks.data() + item.begin,
                         item.end - item.begin, params_.chunk_tokens[stage], search.length};
     float* scores = item.search->scores.data() + item.begin;
     for (int64_t i = 0; i < kv_heads_; ++i) {

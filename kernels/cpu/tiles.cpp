@@ -22,7 +22,7 @@ void TileList::append(int64_t begin, int64_t end) {
 
 TileList selected_tiles(const AttendParams& params, int64_t row, int64_t head, Tile* tiles) {
   const Selection& selection = params.selection;
-  const int64_t at = row * selection.heads + head, length = params.cache.seq_lens[row];
+  const int64_t at = row * selection.heads + head, length = params.cache.table.seq_lens[row];
   const int64_t first_end = std::clamp<int64_t>(selection.spans[2 * at], 0, length);
   const int64_t second_begin = std::clamp<int64_t>(selection.spans[2 * at + 1], first_end, length);
   TileList list(params.cache, row, tiles);

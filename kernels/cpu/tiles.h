@@ -12,7 +12,7 @@ inline int64_t tile_count(int64_t length) { return (length + kTileTokens - 1) / 
 class TileList {
  public:
   TileList(const Cache& cache, int64_t row, Tile* tiles)
-      : pages_(cache.pages + row * cache.pages_stride), page_size_(cache.page_size), tiles_(tiles) {}
+      : pages_(cache.table.pages + row * cache.table.stride), page_size_(cache.page_size), tiles_(tiles) {}
 
   // begin must not lie before the end of the range before.
   void append(int64_t begin, int64_t end);

@@ -6,6 +6,10 @@ raise KernelsNotBuiltError. Page numbers and unit numbers are trusted.
 
 CPU layout: strides of pages and heads are free; within a page and head K is dense [D, P] (key strides 1, P) and V dense
 [P, D] (value strides D, 1). P is a multiple of 32, D a multiple of 16 up to 256.
+
+CUDA layout: strides of pages, heads and tokens are free multiples of 16 bytes, the same for keys and values. bf16 and
+fp16; P is a multiple of 16, D is 64, 96, 128 or 256, a group has up to 16 query heads. Lengths, pages and slots are not
+checked.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from sparseserve.types import Bound, Gate, PagedKV, Selection
 
 __all__ = [
     "attend",
+    "attend_scratch",
     "isa",
     "score_gates",
     "score_pages",
@@ -41,7 +46,7 @@ def summarize_pages(key: Tensor, slots: Tensor, summary: Tensor, bound: Bound) -
     dense from U on; units of P / U tokens, a multiple of 16. MIN_MAX writes minimum and maximum, MEAN_STD mean and
     standard deviation, computed in fp32. The arithmetic of a unit has one order, whatever else is summarized.
     """
-    kernels()
+    kernels(key.device.type)
     torch.ops.sparseserve.summarize_pages(key, slots, summary, _BOUNDS[bound])
 
 
@@ -61,7 +66,7 @@ def score_pages(
     standard deviation of the keys (arXiv 2605.27740). Unscaled. The last unit, complete or not, scores infinity: as in
     Quest's code it is always taken. Units at or beyond the length are left as they are.
     """
-    kernels()
+    kernels(query.device.type)
     if scores is None:
         shape = query.shape[0], summary.shape[1], pages.shape[1] * summary.shape[2]
         scores = query.new_full(shape, -torch.inf, dtype=torch.float32)
@@ -85,7 +90,7 @@ def score_tokens(
     natural log; scores [B, Hs, >= units] fp32. unit_tokens is 1, 16, 32 or 64. Units at or beyond the length are left
     as they are.
     """
-    kernels()
+    kernels(query.device.type)
     torch.ops.sparseserve.score_tokens(query, key, pages, seq_lens, lse, scale, unit_tokens, scores)
     return scores
 
@@ -98,7 +103,7 @@ def summarize_gates(key: Tensor, slots: Tensor, positions: Tensor, gate: Gate, s
     [max, min, mean]; projection, RMS norm (eps 1e-6) and rotation at the unit's first position follow (SeerAttention-R,
     arXiv 2506.08889). The arithmetic of a unit has one order, whatever else is summarized.
     """
-    kernels()
+    kernels(key.device.type)
     torch.ops.sparseserve.summarize_gates(
         key, slots, positions, gate.key, gate.key_norm, gate.unrope, gate.rope, summary
     )
@@ -119,7 +124,7 @@ def score_gates(
     int32; scores [B, H, >= units] fp32. Logits are q.k / sqrt(E); an incomplete last unit takes part in the softmax
     with a logit of 0 (SeerAttention-R, arXiv 2506.08889). Units at or beyond the length are left as they are.
     """
-    kernels()
+    kernels(query.device.type)
     if scores is None:
         shape = query.shape[0], summary.shape[1], pages.shape[1] * summary.shape[2]
         scores = query.new_full(shape, -torch.inf, dtype=torch.float32)
@@ -144,7 +149,7 @@ def select_units(
     Rows within the budget are selected whole, without units. Ties go to the lower unit, NaN is the lowest score. With a
     threshold, the units that score above it are selected instead, whatever the budget; the slots must hold all units.
     """
-    kernels()
+    kernels(scores.device.type)
     torch.ops.sparseserve.select_units(
         scores,
         seq_lens,
@@ -192,7 +197,7 @@ def search_blocks(
     tokens. A step searches all stages, unless an earlier token of the page has been searched; then it begins with the
     first stage i whose refresh_steps[i] divides the offset of the current token in its page, or only reuses the units.
     """
-    kernels()
+    kernels(query.device.type)
     torch.ops.sparseserve.search_blocks(
         query,
         key,
@@ -221,18 +226,22 @@ def attend(
     out: Tensor | None = None,
     lse: Tensor | None = None,
     attended: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over a selection, every token once; returns (out, lse).
 
     query, out [B, Hq, D] of the cache's dtype; pages [B, N] int32; seq_lens [B] int32; lse [B, Hq] fp32, natural log;
     attended [B, Hs] int32, the number of tokens in the union. A row without tokens gives out 0 and lse -inf. What lies
-    outside the selection has no influence, and a row's result does not depend on the other rows.
+    outside the selection has no influence, and a row's result does not depend on the other rows. On CUDA `scratch` is
+    what `attend_scratch` gives, kept from step to step.
     """
-    kernels()
+    kernels(query.device.type)
     rows, heads, _ = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     lse = query.new_empty((rows, heads), dtype=torch.float32) if lse is None else lse
     attended = torch.empty_like(selection.count) if attended is None else attended
+    if query.is_cuda and scratch is None:
+        scratch = attend_scratch(*query.shape, query.device)
     torch.ops.sparseserve.attend(
         query,
         kv.key,
@@ -247,5 +256,15 @@ def attend(
         out,
         lse,
         attended,
+        scratch,
     )
     return out, lse
+
+
+def attend_scratch(rows: int, heads: int, head_dim: int, device: torch.device) -> Tensor:
+    """The fp32 memory in which `attend` merges the pieces of up to `rows` rows of `heads` query heads on CUDA.
+
+    Zero at first; every call leaves it ready for the next.
+    """
+    splits = 32  # kMaxSplits in kernels/include/sparseserve/params.h
+    return torch.zeros(rows * heads * (1 + splits * (head_dim + 2)), device=device)

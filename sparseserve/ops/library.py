@@ -24,7 +24,8 @@ SCHEMAS = {
     "int[] stage_tokens, int[] refresh_steps, Tensor sink, Tensor recent, Tensor budget, Tensor(b!) spans, "
     "Tensor(c!) units, Tensor(d!) count) -> ()",
     "attend": "(Tensor query, Tensor key, Tensor value, Tensor pages, Tensor seq_lens, Tensor spans, Tensor units, "
-    "Tensor count, int unit_tokens, float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) attended) -> ()",
+    "Tensor count, int unit_tokens, float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) attended, "
+    "Tensor(d!)? scratch) -> ()",
 }
 
 
@@ -38,28 +39,28 @@ for _name, _schema in SCHEMAS.items():
 
 
 @functools.cache
-def kernels() -> ctypes.CDLL:
-    """The compiled CPU kernels; loading them registers them with torch.
+def kernels(device: str = "cpu") -> ctypes.CDLL:
+    """The compiled kernels of a device type, cpu or cuda; loading them registers them with torch.
 
     Raises KernelsNotBuiltError when the package was installed without them.
     """
-    spec = importlib.util.find_spec("sparseserve._C_cpu")
+    spec = importlib.util.find_spec(f"sparseserve._C_{device}")
     if spec is None or spec.origin is None:
         from sparseserve.errors import KernelsNotBuiltError
 
+        option = " -Ccmake.define.SPARSESERVE_CUDA=ON" if device == "cuda" else ""
         raise KernelsNotBuiltError(
-            "The compiled kernels (sparseserve/_C_cpu.so) are missing. "
-            "Build them with `pip install --no-build-isolation -e .` in the source tree, or install the wheel."
+            f"The compiled kernels (sparseserve/_C_{device}.so) are missing. "
+            f"Build them with `pip install --no-build-isolation{option} -e .` in the source tree, or install the wheel."
         )
-    library = ctypes.CDLL(spec.origin)
-    library.sparseserve_isa.restype = ctypes.c_char_p
-    library.sparseserve_use_isa.argtypes = [ctypes.c_char_p]
-    return library
+    return ctypes.CDLL(spec.origin)
 
 
 def isa() -> str:
     """The instruction set that the CPU kernels use: avx512_bf16, avx512, avx2 or portable."""
-    name: bytes = kernels().sparseserve_isa()
+    query = kernels().sparseserve_isa
+    query.restype = ctypes.c_char_p
+    name: bytes = query()
     return name.decode()
 
 

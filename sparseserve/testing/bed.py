@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparseserve.cache import cpu_views, summaries
+from sparseserve.cache import summaries
 from sparseserve.decode import SparseLayer, decode_layer
 from sparseserve.plan import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.step import StepBuffers
+from sparseserve.testing import target
 from sparseserve.types import LayerPlan, NewTokens, PageTable, Selection
 
 
@@ -48,10 +49,8 @@ class Bed:
         page = heads.kv_heads * page_size * 2 * heads.head_dim
         tail = policy.summary_bytes(heads, page_size, dtype.itemsize) // dtype.itemsize
         memory = torch.full((model.layers, pool, page + tail), filler, dtype=dtype)
-        shape = (pool, heads.kv_heads, page_size, 2 * heads.head_dim)
-        stride = (page + tail, page_size * 2 * heads.head_dim, 2 * heads.head_dim, 1)
         plans = policy.plans(model)
-        caches = (torch.as_strided(layer, shape, stride) for layer in memory)
+        caches = (target.cache(layer, heads, page_size) for layer in memory)
         self.layers = [self._layer(cache, plan) for cache, plan in zip(caches, plans, strict=True)]
         self.buffers = StepBuffers(policy, plans, heads, len(lengths), model.max_len)
 
@@ -60,7 +59,7 @@ class Bed:
         return SparseLayer(
             policy=self.policy,
             plan=plan,
-            kv=cpu_views(cache),
+            kv=target.views(cache),
             summary=summaries(cache, self.policy.summary_shape(heads, self.page_size), self.policy.summary_dtype),
             scale=heads.head_dim**-0.5,
         )

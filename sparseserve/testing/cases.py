@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseserve.cache import cpu_views
+from sparseserve.testing import target
 from sparseserve.types import HeadShape, PagedKV, Selection
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -62,8 +62,9 @@ def paged_kv(
     """Random rows of `lengths` tokens in a shuffled pool whose pages are wider than they need to be.
 
     `poison` fills all memory that holds no token of a row. Tokens and queries depend on `seed` and their position in
-    the batch, physical pages on `page_order`.
+    the batch, physical pages on `page_order`. Head size and dtype are fitted to the kernels under test.
     """
+    shape, dtype = target.fitting(shape, dtype)
     generator = torch.Generator().manual_seed(seed)
     rows, dim = len(lengths), shape.head_dim
     per_row = max(1, -(-max(lengths) // page_size))
@@ -71,9 +72,8 @@ def paged_kv(
     order = torch.randperm(pool, generator=torch.Generator().manual_seed(page_order))
     pages = order[: rows * per_row].view(rows, per_row)
     page = shape.kv_heads * page_size * 2 * dim
-    stride = (page + 64, page_size * 2 * dim, 2 * dim, 1)  # 64: a tail, as summaries in the page leave it
-    memory = torch.full((pool * (page + 64),), poison, dtype=dtype)
-    kv = cpu_views(memory.as_strided((pool, shape.kv_heads, page_size, 2 * dim), stride))
+    memory = torch.full((pool, page + 64), poison, dtype=dtype)  # 64: a tail, as summaries in the page leave it
+    kv = target.views(target.cache(memory, shape, page_size))
     for row, length in enumerate(lengths):
         token = torch.arange(length)
         at = pages[row, token // page_size], slice(None), token % page_size

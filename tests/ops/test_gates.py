@@ -44,7 +44,8 @@ def random_gate(point: dict[str, Any], heads: int = 2, positions: int = 1024) ->
 
 def make(point: dict[str, Any], lengths: list[int] = LENGTHS, heads: int = 2) -> tuple[Case, Gate]:
     shape = HeadShape(heads, point["group"], point["head_dim"])
-    return paged_kv(lengths, shape, point["page_size"], point["dtype"]), random_gate(point, heads)
+    case = paged_kv(lengths, shape, point["page_size"], point["dtype"])
+    return case, random_gate(point | {"head_dim": case.shape.head_dim}, heads)
 
 
 def empty(case: Case, point: dict[str, Any], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -77,7 +78,7 @@ def test_summaries_against_fp64(point: dict[str, Any], isa: str) -> None:
     actual = summarize(case, gate, point)
     assert torch.equal(actual.isnan(), exact.isnan())  # incomplete units and unused pages are left alone
     written = ~exact.isnan()
-    assert_as_exact(actual[written], exact[written], peer[written], terms=3 * point["head_dim"], magnitude=4.0)
+    assert_as_exact(actual[written], exact[written], peer[written], terms=3 * case.shape.head_dim, magnitude=4.0)
 
 
 @pytest.mark.parametrize("point", [*GRID, PUBLISHED], ids=name)
@@ -87,17 +88,18 @@ def test_scores_against_fp64(point: dict[str, Any], isa: str) -> None:
     exact = reference.score_gates(case.query, *arguments, dtype=torch.float64)
     peer = reference.score_gates(case.query, *arguments)
     magnitude = exact[exact.isfinite()].abs().max().item()
-    terms = point["group"] * point["head_dim"] + point["dim"]
+    terms = point["group"] * case.shape.head_dim + point["dim"]
     assert_as_exact(ops.score_gates(case.query, *arguments), exact, peer, terms=terms, magnitude=magnitude)
 
 
 def test_pooling_is_maximum_minimum_mean_of_the_keys_before_rotation(isa: str) -> None:
     """A gate that passes one pooled feature at a time: the order is [max, min, mean]."""
-    point = {**AT_64, "dtype": torch.float32, "norm": False, "rope": False, "dim": 96}
+    point = {**AT_64, "dtype": torch.float32, "norm": False, "rope": False}
     case, gate = make(point, [200])
-    gate = Gate(gate.query, torch.eye(96).repeat(2, 1, 1), None, None, gate.unrope, None)
+    point["dim"] = features = 3 * case.shape.head_dim
+    gate = Gate(gate.query, torch.eye(features).repeat(2, 1, 1), None, None, gate.unrope, None)
     summary = summarize(case, gate, point)
-    keys = reference.paging.row_tokens(case.kv.key, case.pages[0], 192)
+    keys = reference.paging.row_tokens(case.kv.key, case.pages[0], 192).float()
     plain = formulas.unrotate(keys, gate.unrope[:192]).unflatten(1, (3, 64))  # [H, units, 64, D]
     expected = torch.cat([plain.amax(2), plain.amin(2), plain.mean(2)], -1)
     torch.testing.assert_close(reference.paging.row_units(summary, case.pages[0], 3), expected)
@@ -126,13 +128,13 @@ def test_padding_and_other_rows_change_nothing(isa: str) -> None:
     assert equal(apart, together)
 
 
-def test_all_instruction_sets_give_the_same_bits(isa: str) -> None:
+def test_all_instruction_sets_give_the_same_bits(cpu_isa: str) -> None:
     for point in [*GRID, PUBLISHED]:
         case, gate = make(point, [200])
         summary = summarize(case, gate, point)
         ops.use_isa("portable")
         portable = summarize(case, gate, point)
-        ops.use_isa(isa)
+        ops.use_isa(cpu_isa)
         assert equal(summary, portable)
 
 

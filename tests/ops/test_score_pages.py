@@ -19,10 +19,10 @@ def make(point: dict[str, Any]) -> tuple[Case, torch.Tensor]:
     """A case and its summaries; incomplete units hold NaN."""
     shape = HeadShape(kv_heads=2, group=point["group"], head_dim=point["head_dim"])
     case = paged_kv(LENGTHS, shape, point["page_size"], point["dtype"])
-    page_size, unit = point["page_size"], point["unit"]
-    wide = 2 * page_size // unit * 2 * shape.head_dim + 48
-    memory = torch.full((len(case.kv.key), wide), torch.nan, dtype=point["dtype"])
-    summary = memory[:, :-48].view(-1, 2, page_size // unit, 2, shape.head_dim)
+    page_size, unit, head_dim = point["page_size"], point["unit"], case.shape.head_dim
+    wide = 2 * page_size // unit * 2 * head_dim + 48
+    memory = torch.full((len(case.kv.key), wide), torch.nan, dtype=case.query.dtype)
+    summary = memory[:, :-48].view(-1, 2, page_size // unit, 2, head_dim)
     for row in range(len(LENGTHS)):
         ops.summarize_pages(case.kv.key, case.slots(row)[0], summary, point["bound"])
     return case, summary
@@ -42,7 +42,7 @@ def test_min_max_is_an_upper_bound_and_the_sum_of_the_larger_products(isa: str) 
     scores = ops.score_pages(case.query, summary, case.pages, case.seq_lens, 16, Bound.MIN_MAX)
     row, complete = 3, LENGTHS[3] // 16
     low, high = reference.paging.row_units(summary, case.pages[row], complete).unbind(2)
-    query = case.query[row][:, None]
+    low, high, query = low.float(), high.float(), case.query[row][:, None].float()
     torch.testing.assert_close(scores[row, :, :complete], torch.maximum(query * low, query * high).sum(2))
     keys = reference.paging.row_tokens(case.kv.key, case.pages[row], complete * 16)
     products = (query * keys).sum(2).view(2, -1, 16)

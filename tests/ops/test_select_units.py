@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparseserve import ops, reference
@@ -22,9 +22,9 @@ def assert_same(one: Selection, other: Selection) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_equals_reference(data: st.DataObject) -> None:
+def test_equals_reference(device: str, data: st.DataObject) -> None:
     draw = data.draw
     unit, heads, rows = draw(st.sampled_from([1, 16, 32, 64])), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     lengths = draw(st.lists(st.integers(0, 40 * unit), min_size=rows, max_size=rows))
@@ -43,38 +43,41 @@ def test_equals_reference(data: st.DataObject) -> None:
     assert_same(*(select(function, scores, lengths, bounds, slots, unit, threshold) for function in both))
 
 
-def test_ties_go_to_the_lower_unit() -> None:
+def test_ties_go_to_the_lower_unit(device: str) -> None:
     scores = torch.zeros(1, 1, 64)
     selection = select(ops.select_units, scores, [64 * 16], torch.tensor([[32], [16], [32 + 16 + 5 * 16]]), 64, 16)
     assert selection.units[0, 0, :5].tolist() == [2, 3, 4, 5, 6]
     assert selection.spans[0, 0].tolist() == [32, 63 * 16]
 
 
-def test_a_threshold_replaces_the_budget() -> None:
+def test_a_threshold_replaces_the_budget(device: str) -> None:
     scores = torch.tensor([[[3.0, -1.0, torch.inf, 0.5, 0.5001, torch.nan, 9.0]]])
     selection = select(ops.select_units, scores, [97], torch.tensor([[0], [0], [16]]), 7, 16, threshold=0.5)
     assert selection.units[0, 0, : selection.count[0, 0]].tolist() == [0, 2, 4, 6]
     assert selection.spans[0, 0].tolist() == [0, 97]
     short = select(ops.select_units, scores, [16], torch.tensor([[4], [8], [64]]), 7, 16, threshold=3.0)
     assert short.count.item() == 0 and short.spans[0, 0].tolist() == [4, 8]  # no row is too short for a threshold
+
+
+def test_a_threshold_needs_room_for_every_unit() -> None:
     with pytest.raises(RuntimeError, match="too small for every unit"):
-        select(ops.select_units, scores, [97], torch.tensor([[0], [0], [16]]), 6, 16, threshold=0.5)
+        select(ops.select_units, torch.zeros(1, 1, 7), [97], torch.tensor([[0], [0], [16]]), 6, 16, threshold=0.5)
 
 
-def test_nan_is_the_lowest_score() -> None:
+def test_nan_is_the_lowest_score(device: str) -> None:
     scores = torch.tensor([[[torch.nan, -5.0, torch.nan, -torch.inf, 3.0, 0.0]]])
     selection = select(ops.select_units, scores, [6], torch.tensor([[0], [1], [4]]), 8, 1)
     assert selection.units[0, 0, :3].tolist() == [0, 1, 4]
 
 
-def test_large_rows_and_strided_scores() -> None:
+def test_large_rows_and_strided_scores(device: str) -> None:
     scores = torch.randn(3, 8, 40000, generator=torch.Generator().manual_seed(0))[:, ::2, :33000]
     bounds = torch.tensor([[4] * 4, [64] * 4, [1024, 2048, 128, 30000]])
     pair = (select(f, scores, [32768, 1000, 0], bounds, 4000, 1) for f in (ops.select_units, reference.select_units))
     assert_same(*pair)
 
 
-def test_short_rows_are_selected_whole() -> None:
+def test_short_rows_are_selected_whole(device: str) -> None:
     scores = torch.full((2, 1, 10), torch.nan)
     selection = select(ops.select_units, scores, [0, 100], torch.tensor([[4], [8], [100]]), 4, 32)
     assert selection.spans.tolist() == [[[0, 0]], [[100, 100]]] and selection.count.tolist() == [[0], [0]]

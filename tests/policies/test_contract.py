@@ -28,7 +28,7 @@ HEADS = head_map([[1, 1], [1, 0], [0, 0], [0, 1], [0.4, 0.6]])
 MODEL = ModelShape(
     name="bed",
     layers=5,
-    heads=HeadShape(kv_heads=2, group=2, head_dim=32),
+    heads=HeadShape(kv_heads=2, group=2, head_dim=64),
     max_len=448,
     page_size=64,
     rope=partial(plain_rope, 448),
@@ -53,6 +53,7 @@ CASES: dict[str, Policy] = {
     "hip": Hip(**HIP),
     "hip-kv_head": Hip(**HIP, scope="kv_head"),
 }
+pytestmark = pytest.mark.usefixtures("device")
 LENGTHS = [385, 0, 1, 127, 128, 129, 448, 300]  # empty, short of, at and over the budget, page boundaries
 
 

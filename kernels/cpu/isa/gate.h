@@ -123,7 +123,7 @@ inline void summarize_gate(const SummarizeGatesParams& params, int64_t token, fl
 inline void gate_query(const ScoreGatesParams& params, int64_t row, int64_t head, float* out) {
   const GateBranch& gate = params.gate;
   const int64_t dims = params.query.head_dim, half = dims / 2, group = params.query.heads / params.kv_heads;
-  const int64_t position = params.seq_lens[row] - 1;
+  const int64_t position = params.table.seq_lens[row] - 1;
   const float *cos = gate.unrope + position * dims, *sin = cos + half;
   float query[kMaxHeadDim];
   for (int64_t e = 0; e < gate.dim; ++e) out[e] = 0.f;
@@ -157,12 +157,12 @@ inline void log_softmax(float* x, int64_t count, bool zero) {
 }
 
 inline void score_gates(const ScoreGatesParams& params, int64_t row, int64_t head) {
-  const int64_t length = params.seq_lens[row], unit = params.unit_tokens, dims = params.gate.dim;
+  const int64_t length = params.table.seq_lens[row], unit = params.unit_tokens, dims = params.gate.dim;
   const int64_t units = length / unit;
   float query[kMaxHeadDim];
   gate_query(params, row, head, query);
   const SummaryPool& pool = params.summary;
-  const int32_t* pages = params.pages + row * params.pages_stride;
+  const int32_t* pages = params.table.pages + row * params.table.stride;
   float* scores = params.scores + row * params.scores_row_stride + head * params.scores_head_stride;
   for (int64_t u = 0; u < units; ++u) {
     const float* key = static_cast<const float*>(pool.data) + pages[u / pool.units] * pool.page_stride +

@@ -24,23 +24,30 @@ struct Query {
   int64_t head_stride;
 };
 
-// One half (K or V) of a page pool, [M, H, ...].
+// One half (K or V) of a page pool, [M, H, P, D]. On the CPU, within a page and head, K is [D, P] and V [P, D], both
+// dense; on CUDA the dims of a token are dense.
 struct Pool {
   const void* data;
   int64_t page_stride;
   int64_t head_stride;
+  int64_t token_stride;
 };
 
-// The paged cache of a step. Within a page of one head: K is [D, P], V is [P, D], both dense.
+// The rows of a step; a length of 0 marks a padding row.
+struct PageTable {
+  const int32_t* pages;     // [B, N], physical page of each logical page
+  int64_t stride;
+  int64_t width;            // N
+  const int32_t* seq_lens;  // [B]
+};
+
 struct Cache {
   Pool key;
   Pool value;
   DType dtype;
   int64_t heads;          // H
-  int64_t page_size;      // P, a multiple of 32
-  const int32_t* pages;   // [B, N], physical page of each logical page
-  int64_t pages_stride;
-  const int32_t* seq_lens;  // [B]
+  int64_t page_size;      // P, a multiple of 32 on the CPU, of 16 on CUDA
+  PageTable table;
 };
 
 // [0, spans[0]), the units, and [spans[1], seq_len).
@@ -63,7 +70,16 @@ struct AttendParams {
   int64_t out_head_stride;
   float* lse;            // [B, Hq]
   int32_t* attended;     // [B, Hs]
+  void* scratch;         // CUDA only: scratch_words, zero before the first step
 };
+
+// CUDA cuts a row into at most this many pieces, by its own length alone.
+constexpr int64_t kMaxSplits = 32;
+
+// 32-bit words: a counter for each query head, and of each piece the output, maximum and sum.
+constexpr int64_t scratch_words(int64_t rows, int64_t heads, int64_t head_dim) {
+  return rows * heads * (1 + kMaxSplits * (head_dim + 2));
+}
 
 struct ScoreTokensParams {
   Query query;
@@ -89,9 +105,7 @@ struct ScorePagesParams {
   Query query;
   SummaryPool summary;
   int64_t kv_heads;      // H
-  const int32_t* pages;  // [B, N]
-  int64_t pages_stride;
-  const int32_t* seq_lens;  // [B]
+  PageTable table;
   int64_t unit_tokens;
   Bound bound;
   float* scores;         // [B, H, >= units]
@@ -110,7 +124,7 @@ struct Written {
   int64_t tokens;        // T
   const int64_t* slots;  // [T], page * P + offset, or -1
 
-  bool completes_unit(int64_t token) const { return slots[token] >= 0 && (slots[token] + 1) % unit_tokens == 0; }
+  constexpr bool completes_unit(int64_t token) const { return slots[token] >= 0 && (slots[token] + 1) % unit_tokens == 0; }
 };
 
 struct SummarizeParams {
@@ -153,9 +167,7 @@ struct ScoreGatesParams {
   Query query;
   SummaryPool summary;
   int64_t kv_heads;      // H
-  const int32_t* pages;  // [B, N]
-  int64_t pages_stride;
-  const int32_t* seq_lens;  // [B]
+  PageTable table;
   int64_t unit_tokens;
   GateBranch gate;
   float* scores;         // [B, H, >= units]

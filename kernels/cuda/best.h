@@ -1,0 +1,99 @@
+// The best of many scores: a block finds the key of the last one to take, digit by digit, then takes those above it and
+// the first of its equals, in ascending order.
+#pragma once
+
+#include "fragments.h"
+
+namespace sparseserve::cuda {
+
+constexpr int kBestThreads = 512, kBestWarps = kBestThreads / 32;
+constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
+
+// Larger for a better score. NaN counts as -inf, and -0 ties with +0.
+__device__ __forceinline__ uint32_t key_of(float score) {
+  const uint32_t bits = __float_as_uint(score == score ? score + 0.f : -INFINITY);
+  return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000);
+}
+
+struct BestShared {
+  int histogram[kDigits];
+  uint32_t digit;
+  int rank;
+  int above[kBestWarps], equal[kBestWarps];
+};
+
+// The `rank`-th largest of the keys key(0) to key(count - 1), rank >= 1; leaves in `rank` its rank among equal keys.
+template <class Key>
+__device__ uint32_t nth_largest(int count, int& rank, Key key, BestShared& shared) {
+  const int lane = threadIdx.x % 32;
+  uint32_t prefix = 0;
+  for (int shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
+    const uint64_t higher = ~uint64_t{0} << (shift + kDigitBits);
+    for (int i = threadIdx.x; i < kDigits; i += kBestThreads) shared.histogram[i] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += kBestThreads) {
+      const uint32_t x = key(i);
+      if (((x ^ prefix) & higher) == 0) atomicAdd(&shared.histogram[x >> shift & (kDigits - 1)], 1);
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      constexpr int kEach = kDigits / 32;
+      int own = 0;
+      for (int i = 0; i < kEach; ++i) own += shared.histogram[lane * kEach + i];
+      int from_here = own;  // keys in this lane's digits and higher ones
+      for (int step = 1; step < 32; step *= 2) {
+        const int more = __shfl_down_sync(kAllLanes, from_here, step);
+        if (lane + step < 32) from_here += more;
+      }
+      int left = rank - (from_here - own);
+      if (left > 0 && left <= own) {
+        int digit = lane * kEach + kEach - 1;
+        for (; left > shared.histogram[digit]; --digit) left -= shared.histogram[digit];
+        shared.digit = digit;
+        shared.rank = left;
+      }
+    }
+    __syncthreads();
+    prefix |= shared.digit << shift;
+    rank = shared.rank;
+    __syncthreads();
+  }
+  return prefix;
+}
+
+// kind(i) of i in [0, count) is 2 above the threshold, 1 for its equals, 0 for others. Calls write(at, i) for all above
+// and the first `equals` of the equals, ascending, `at` counting from 0; returns how many.
+template <class Kind, class Write>
+__device__ int write_taken(int count, int equals, Kind kind, Write write, BestShared& shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const unsigned before = (1u << lane) - 1;
+  int above = 0, equal = 0;  // in the rounds before
+  for (int begin = 0; begin < count; begin += kBestThreads) {
+    const int i = begin + threadIdx.x, own = i < count ? kind(i) : 0;
+    const unsigned greater = __ballot_sync(kAllLanes, own == 2), same = __ballot_sync(kAllLanes, own == 1);
+    if (lane == 0) shared.above[warp] = __popc(greater), shared.equal[warp] = __popc(same);
+    __syncthreads();
+    int my_above = above + __popc(greater & before), my_equal = equal + __popc(same & before);
+    for (int w = 0; w < kBestWarps; ++w) {
+      if (w < warp) my_above += shared.above[w], my_equal += shared.equal[w];
+      above += shared.above[w], equal += shared.equal[w];
+    }
+    if (own == 2 || (own == 1 && my_equal < equals)) write(my_above + min(my_equal, equals), i);
+    __syncthreads();
+  }
+  return above + min(equal, equals);
+}
+
+// Calls write(at, i) for those of the `most` largest keys, 1 <= most <= count, ascending; of equal keys the first.
+template <class Key, class Write>
+__device__ void write_best(int count, int most, Key key, Write write, BestShared& shared) {
+  int equals = most;
+  const uint32_t threshold = nth_largest(count, equals, key, shared);
+  const auto kind = [&](int i) {
+    const uint32_t x = key(i);
+    return x > threshold ? 2 : x == threshold ? 1 : 0;
+  };
+  write_taken(count, equals, kind, write, shared);
+}
+
+}  // namespace sparseserve::cuda
