@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.txt')
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize gpu-test clean
 
 demo: $(VENV)/.built
 	$(BIN)/sparseserve demo
@@ -21,10 +21,30 @@ bench: $(VENV)/.built
 	$(BIN)/python kernels/bench/ops.py --json build/bench-ops.json
 	$(BIN)/python kernels/bench/decode.py --json build/bench-decode.json
 
+# The CUDA kernels in the simulator, under AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZED := build/sanitize
+SANITIZERS := $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libubsan.so)
+sanitize: $(VENV)/.built
+	$(BIN)/cmake -S kernels -B $(SANITIZED) -G Ninja -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	    -DSPARSESERVE_SIMULATOR=ON -DSPARSESERVE_SANITIZE=ON
+	$(BIN)/cmake --build $(SANITIZED) --target _C_simulator
+	SPARSESERVE_SIMULATOR=$(SANITIZED)/sim/_C_simulator.so LD_PRELOAD="$(SANITIZERS)" \
+	    ASAN_OPTIONS=detect_leaks=0,detect_stack_use_after_return=0,verify_asan_link_order=0 \
+	    $(BIN)/python -m pytest tests/ops -k simulator
+
+# On a machine with a GPU, a CUDA build of torch, nvcc and pytest; nothing is downloaded.
+SMALL := "cuda-LBHNC and (influence or rows_are_independent or chunks_equal or untouched)"
+gpu-test:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -Ccmake.define.SPARSESERVE_CUDA=ON --editable .
+	$(PYTHON) -m pytest tests/ops -k cuda
+	for tool in memcheck racecheck synccheck; do \
+	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest tests/ops -k $(SMALL) || exit 1; \
+	done
+
 # The lock lists every package; --no-deps leaves out torchvision, torchaudio and torchcodec, whose PyPI builds need CUDA.
 $(VENV)/.installed: deploy/cpu.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps --requirement deploy/cpu.lock
+	$(BIN)/pip install --quiet --no-compile --no-deps --requirement deploy/cpu.lock
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed pyproject.toml $(KERNELS)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparseserve.testing import target
 from sparseserve.testing.target import Layout
@@ -15,12 +17,17 @@ from sparseserve.testing.target import Layout
 BESIDE_THE_CHECKOUT = Path(__file__).parents[2] / "shared" / "published"
 
 
-@pytest.fixture(params=["cpu", "simulator"])
+DEVICES = {"cpu": nullcontext, "simulator": partial(target.simulated, Layout.LBHNC)}
+if torch.cuda.is_available():
+    DEVICES["cuda"] = partial(target.on_gpu, Layout.LBHNC)
+
+
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The CPU kernels, or the CUDA kernels in the simulator."""
+    """The CPU kernels, the CUDA kernels in the simulator, and on a GPU where there is one."""
     if request.param == "simulator" and not target.has_simulator():
         pytest.skip(target.NO_SIMULATOR)
-    with target.simulated(Layout.LBHNC) if request.param == "simulator" else nullcontext():
+    with DEVICES[request.param]():
         yield request.param
 
 

@@ -236,12 +236,12 @@ def attend(
     what `attend_scratch` gives, kept from step to step.
     """
     kernels(query.device.type)
-    rows, heads, _ = query.shape
+    rows, heads, dim = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     lse = query.new_empty((rows, heads), dtype=torch.float32) if lse is None else lse
     attended = torch.empty_like(selection.count) if attended is None else attended
     if query.is_cuda and scratch is None:
-        scratch = attend_scratch(*query.shape, query.device)
+        scratch = attend_scratch(rows, heads, dim, query.device)
     torch.ops.sparseserve.attend(
         query,
         kv.key,

@@ -25,7 +25,7 @@ SCHEMAS = {
     "Tensor(c!) units, Tensor(d!) count) -> ()",
     "attend": "(Tensor query, Tensor key, Tensor value, Tensor pages, Tensor seq_lens, Tensor spans, Tensor units, "
     "Tensor count, int unit_tokens, float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) attended, "
-    "Tensor(d!)? scratch) -> ()",
+    "Tensor(d!)? scratch=None) -> ()",
 }
 
 

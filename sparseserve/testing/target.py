@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -64,9 +66,52 @@ def views(kv_cache: Tensor) -> PagedKV:
 def simulated(pages: Layout) -> Iterator[None]:
     """Ops on CPU tensors run the CUDA kernels in the simulator, on pages of this layout."""
     _simulator()
-    library = torch.library.Library("sparseserve", "IMPL")
-    for name in SCHEMAS:
-        library.impl(name, _route(name), "CPU", allow_override=True)
+    with _routed(pages, lambda name: getattr(torch.ops.sparseserve_simulator, name)):
+        yield
+
+
+@contextmanager
+def on_gpu(pages: Layout) -> Iterator[None]:
+    """Ops on CPU tensors run the CUDA kernels on the GPU, on copies of all memory behind the tensors, and back."""
+    kernels("cuda")
+    with _routed(pages, lambda name: _copying(getattr(torch.ops.sparseserve, name), torch.device("cuda"))):
+        yield
+
+
+def has_simulator() -> bool:
+    """Whether the simulator was built."""
+    return _library() is not None
+
+
+def use_order(name: str) -> None:
+    """Let the simulator run the threads of a block forward, backward or random."""
+    if not _simulator().sparseserve_sim_use_order(name.encode()):
+        raise ValueError(f"order must be forward, backward or random, not {name}")
+
+
+def _library() -> str | None:
+    """The simulator, or the build of it, with sanitizers perhaps, that SPARSESERVE_SIMULATOR names."""
+    spec = importlib.util.find_spec("sparseserve._C_simulator")
+    return os.environ.get("SPARSESERVE_SIMULATOR") or (spec.origin if spec else None)
+
+
+@functools.cache
+def _simulator() -> ctypes.CDLL:
+    for name, schema in SCHEMAS.items():
+        torch.library.define(f"sparseserve_simulator::{name}", schema)
+    library = ctypes.CDLL(_library())
+    library.sparseserve_sim_use_order.restype = ctypes.c_bool
+    return library
+
+
+@contextmanager
+def _routed(pages: Layout, op: Callable[[str], Callable[..., None]]) -> Iterator[None]:
+    kernels()  # loaded later, they would take the ops back
+    library: Any = torch.library.Library("sparseserve", "IMPL")  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for name in SCHEMAS:
+            library.impl(name, _with_scratch(op(name)) if name == "attend" else op(name), "CPU", allow_override=True)
     token = _LAYOUT.set(pages)
     try:
         yield
@@ -75,28 +120,28 @@ def simulated(pages: Layout) -> Iterator[None]:
         library._destroy()
 
 
-def has_simulator() -> bool:
-    """Whether the simulator was built."""
-    return importlib.util.find_spec("sparseserve._C_simulator") is not None
+def _with_scratch(attend: Callable[..., None]) -> Callable[..., None]:
+    def call(query: Tensor, *arguments: Any) -> None:
+        rows, heads, dim = query.shape
+        attend(query, *arguments[:12], attend_scratch(rows, heads, dim, query.device))
+
+    return call
 
 
-@functools.cache
-def _simulator() -> ctypes.CDLL:
-    kernels()  # loaded later, they would take the ops back
-    for name, schema in SCHEMAS.items():
-        torch.library.define(f"sparseserve_simulator::{name}", schema)
-    spec = importlib.util.find_spec("sparseserve._C_simulator")
-    assert spec is not None and spec.origin is not None
-    return ctypes.CDLL(spec.origin)
-
-
-def _route(name: str) -> Callable[..., None]:
-    op = getattr(torch.ops.sparseserve_simulator, name)
-
+def _copying(op: Callable[..., None], device: torch.device) -> Callable[..., None]:
     def call(*arguments: Any) -> None:
-        if name == "attend":
-            query = arguments[0]
-            arguments = (*arguments[:13], attend_scratch(*query.shape, query.device))
-        op(*arguments)
+        memory: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def copied(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            storage = value.untyped_storage()
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+            _, copy = memory.setdefault(storage.data_ptr(), (whole, whole.to(device, copy=True)))
+            return copy.view(value.dtype).as_strided(value.shape, value.stride(), value.storage_offset())
+
+        op(*map(copied, arguments))
+        for whole, copy in memory.values():
+            whole.copy_(copy)
 
     return call

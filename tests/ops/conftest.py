@@ -1,13 +1,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
+import torch
 
 from sparseserve import ops
 from sparseserve.testing import target
 from sparseserve.testing.target import Layout
 
-SIMULATED = {"simulator-LBHNC": Layout.LBHNC, "simulator-LBNHC": Layout.LBNHC}
+LAYOUTS = Layout.LBHNC, Layout.LBNHC
+CUDA = {f"simulator-{layout.value}": partial(target.simulated, layout) for layout in LAYOUTS}
+if torch.cuda.is_available():
+    CUDA |= {f"cuda-{layout.value}": partial(target.on_gpu, layout) for layout in LAYOUTS}
 
 
 CPU = ["avx512_bf16", "avx512", "avx2", "portable"]
@@ -20,19 +25,22 @@ def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=[*CPU, *SIMULATED])
+@pytest.fixture(params=[*CPU, *CUDA])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set of this machine, and the CUDA kernels in the simulator on both layouts of vLLM's cache."""
+    """Every instruction set of this machine, and the CUDA kernels on both layouts of vLLM's cache.
+
+    They run in the simulator, and on a GPU where there is one.
+    """
     with using(request.param):
         yield request.param
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    if name in SIMULATED:
-        if not target.has_simulator():
+    if name in CUDA:
+        if name.startswith("simulator") and not target.has_simulator():
             pytest.skip(target.NO_SIMULATOR)
-        with target.simulated(SIMULATED[name]):
+        with CUDA[name]():
             yield
         return
     best = ops.isa()
