@@ -39,6 +39,7 @@ def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> 
         out=out,
         lse=step.lse,
         attended=attended[plan.layer],
+        scratch=step.scratch,
     )
     layer.policy.after_attend(query, layer.kv, layer.summary, plan, step, layer.scale, out)
     if selects and plan.dense_output:
@@ -47,3 +48,5 @@ def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> 
 
 def _select(layer: SparseLayer, step: Step, query: Tensor) -> None:
     layer.policy.select(query, layer.kv, layer.summary, layer.plan, step, layer.scale)
+    if step.whole is not None:
+        step.selection.spans.clamp_(min=step.whole)

@@ -5,35 +5,56 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
+from sparseserve.ops import attend_scratch
 from sparseserve.policies.base import Policy
-from sparseserve.types import HeadShape, LayerPlan, PageTable, Selection, Step, Window
+from sparseserve.types import CPU, HeadShape, LayerPlan, PageTable, Selection, Step, Window
 
 
 class StepBuffers:
-    """The buffers of a decode step, allocated once for `rows` rows of `max_len` tokens and the layers of `plans`."""
+    """The buffers of a decode step, allocated once for `rows` rows of `max_len` tokens and the layers of `plans`.
 
-    def __init__(self, policy: Policy, plans: Sequence[LayerPlan], heads: HeadShape, rows: int, max_len: int) -> None:
+    They stay where they are, as captured CUDA graphs need; the tensors of `plans` must be on `device`.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        plans: Sequence[LayerPlan],
+        heads: HeadShape,
+        rows: int,
+        max_len: int,
+        device: torch.device = CPU,
+    ) -> None:
         selection_heads = heads.selection_heads(policy.head_scope)
         unit = policy.selection_unit
         slots = policy.selection_slots(max_len)
         units = -(-max_len // unit) if slots else 0
-        self._everything = Selection.empty(rows, 1, 0, unit)
-        self._selection = Selection.empty(rows, selection_heads, slots, unit)
-        self._window = _stack(plans, selection_heads)
-        self._windows = torch.zeros(self._window.sink.shape[0], rows, selection_heads, 2, dtype=torch.int32)
-        # Untouched memory costs nothing: only the rows and lengths in use are ever written.
-        self._scores = torch.empty(rows, selection_heads, units)
-        self._lse = torch.empty(rows, heads.query_heads)
-        self._attended_dense = torch.zeros(len(plans), rows, 1, dtype=torch.int32)
-        self._attended = torch.zeros(len(plans), rows, selection_heads, dtype=torch.int32)
+        self._everything = Selection.empty(rows, 1, 0, unit, device)
+        self._selection = Selection.empty(rows, selection_heads, slots, unit, device)
+        self._window = _stack(plans, selection_heads, device)
+        layers = self._window.sink.shape[0]
+        self._windows = torch.zeros(layers, rows, selection_heads, 2, dtype=torch.int32, device=device)
+        # Untouched memory costs nothing on the CPU: only the rows and lengths in use are ever written.
+        self._scores = torch.empty(rows, selection_heads, units, device=device)
+        self._lse = torch.empty(rows, heads.query_heads, device=device)
+        self._attended_dense = torch.zeros(len(plans), rows, 1, dtype=torch.int32, device=device)
+        self._attended = torch.zeros(len(plans), rows, selection_heads, dtype=torch.int32, device=device)
+        self._whole = torch.zeros(rows, 1, 1, dtype=torch.int32, device=device)
+        on_gpu = device.type == "cuda"
+        self._scratch = attend_scratch(rows, heads.query_heads, heads.head_dim, device) if on_gpu else None
 
-    def step(self, table: PageTable) -> Step:
-        """The buffers cut to the rows of `table`."""
+    def step(self, table: PageTable, whole: Tensor | None = None) -> Step:
+        """The buffers cut to the rows of `table`; rows that are `whole` [B] bool attend to everything in all layers."""
         rows = table.seq_lens.shape[0]
         everything = self._everything.rows(rows)
         everything.spans.copy_(table.seq_lens[:, None, None])
         windows = self._windows[:, :rows].copy_(self._window.spans(table.seq_lens))
+        lengths = None
+        if whole is not None:
+            lengths = self._whole[:rows].copy_((table.seq_lens * whole)[:, None, None])
+            windows.clamp_(min=lengths)
         return Step(
             table=table,
             everything=everything,
@@ -43,14 +64,16 @@ class StepBuffers:
             lse=self._lse[:rows],
             attended_dense=self._attended_dense[:, :rows],
             attended=self._attended[:, :rows],
+            whole=lengths,
+            scratch=self._scratch,
         )
 
 
-def _stack(plans: Sequence[LayerPlan], heads: int) -> Window:
+def _stack(plans: Sequence[LayerPlan], heads: int, device: torch.device) -> Window:
     """The windows of all layers as one, [L, 1, Hs] each, empty for layers without one; L = 0 if no layer has one."""
     windows = [plan.window for plan in plans if plan.window is not None]
     if not windows:
-        nothing = torch.zeros(0, 1, heads)
+        nothing = torch.zeros(0, 1, heads, device=device)
         return Window(nothing.int(), nothing[..., None].double(), nothing[..., None].double())
     first = windows[0]
     empty = Window(torch.zeros_like(first.sink), torch.zeros_like(first.alpha), torch.zeros_like(first.beta))

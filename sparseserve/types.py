@@ -7,11 +7,15 @@ M physical pages, L layers. A *unit* is `unit_tokens` consecutive tokens; `unit_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
+
+CPU = torch.device("cpu")
 
 
 class Role(Enum):
@@ -58,7 +62,7 @@ class HeadShape:
 
 @dataclass(frozen=True, slots=True)
 class PagedKV:
-    """Views of a page pool; strides are free, the CPU kernels want K transposed in its page and V rows contiguous."""
+    """Views of a page pool; strides are free, within what the kernels of the device take."""
 
     key: Tensor  # [M, H, P, D] bf16, fp16 or fp32
     value: Tensor  # [M, H, P, D] same dtype
@@ -87,12 +91,12 @@ class Selection:
     unit_tokens: int
 
     @classmethod
-    def empty(cls, rows: int, heads: int, slots: int, unit_tokens: int) -> Selection:
+    def empty(cls, rows: int, heads: int, slots: int, unit_tokens: int, device: torch.device = CPU) -> Selection:
         """Buffers for `rows` x `heads` selections of at most `slots` units."""
         return cls(
-            spans=torch.zeros(rows, heads, 2, dtype=torch.int32),
-            units=torch.zeros(rows, heads, slots, dtype=torch.int32),
-            count=torch.zeros(rows, heads, dtype=torch.int32),
+            spans=torch.zeros(rows, heads, 2, dtype=torch.int32, device=device),
+            units=torch.zeros(rows, heads, slots, dtype=torch.int32, device=device),
+            count=torch.zeros(rows, heads, dtype=torch.int32, device=device),
             unit_tokens=unit_tokens,
         )
 
@@ -172,9 +176,27 @@ class Step:
     lse: Tensor  # [B, Hq] fp32, of the latest attend
     attended_dense: Tensor  # [L, B, 1] int32, tokens attended by layers with dense output
     attended: Tensor  # [L, B, Hs] int32, tokens attended by the other layers
+    whole: Tensor | None = None  # [B, 1, 1] int32, the length of rows that attend to everything, 0 for the others
+    scratch: Tensor | None = None  # of `attend`, on CUDA
 
     def attends_to(self, plan: LayerPlan) -> Selection:
         """What a layer attends to, once its selection is made."""
         if plan.dense_output:
             return self.everything
         return self.selection if plan.window is None else replace(self.selection, spans=self.windows[plan.layer])
+
+
+def on_device(plans: Sequence[LayerPlan], device: torch.device) -> list[LayerPlan]:
+    """The plans with their tensors on `device`; a tensor that layers share stays one tensor."""
+    moved: dict[int, Tensor] = {}
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if id(value) not in moved:
+                moved[id(value)] = value.to(device)
+            return moved[id(value)]
+        if isinstance(value, LayerPlan | Window | Gate):
+            return replace(value, **{field.name: move(getattr(value, field.name)) for field in fields(value)})
+        return value
+
+    return [move(plan) for plan in plans]

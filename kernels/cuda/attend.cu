@@ -223,7 +223,7 @@ class AttendBlock {
 
   // Whether all other blocks of the row have left their share.
   __device__ bool is_last() {
-    int* counter = static_cast<int*>(p_.scratch) + row_ * p_.query.heads + head_;
+    int* counter = reinterpret_cast<int*>(scratch_of(0));
     int* last = reinterpret_cast<int*>(shared_);
     __threadfence();
     __syncthreads();
@@ -262,13 +262,16 @@ class AttendBlock {
     }
   }
 
+  __device__ __forceinline__ float* scratch_of(int head) const {
+    return static_cast<float*>(p_.scratch) + scratch_words(1, 1, D) * (row_ * p_.query.heads + head_ + head);
+  }
+
   __device__ __forceinline__ Partial of_warp(int warp, int head) const {
     return {shared_ + (warp * group_ + head) * (D + 2), D};
   }
 
   __device__ __forceinline__ Partial of_split(int split, int head) const {
-    const int64_t heads = p_.query.heads, at = (row_ * heads + head_ + head) * kMaxSplits + split;
-    return {static_cast<float*>(p_.scratch) + p_.query.rows * heads + at * (D + 2), D};
+    return {scratch_of(head) + 1 + split * (D + 2), D};
   }
 
   // As long as the registers last, values are asked for with the keys, and queries are kept.

@@ -4,9 +4,11 @@
 def register() -> None:
     """Put our attention backends into vLLM's table; called by vLLM in every process (`vllm.general_plugins`).
 
-    The CPU platform returns CPU_ATTN whatever the user asks for, so that name is overridden; without sparseserve
-    settings in `additional_config` the backend behaves as its parent.
+    The CPU platform returns CPU_ATTN whatever the user asks for, so that name is overridden. On CUDA the backend is
+    CUSTOM, which the user asks for; the launcher does. Without sparseserve settings in `additional_config` both behave
+    as their parents. vLLM imports the one that it takes.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CPU_ATTN, "sparseserve.plugin.backend_cpu.SparseCPUBackend")
+    register_backend(AttentionBackendEnum.CUSTOM, "sparseserve.plugin.backend_cuda.SparseCUDABackend")

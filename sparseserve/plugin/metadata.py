@@ -39,6 +39,34 @@ def split_rows(common: CommonAttentionMetadata, dense_up_to: int) -> RowSplit:
     )
 
 
+def decode_rows(common: CommonAttentionMetadata) -> int:
+    """How many rows at the start of the batch have at most one query token; all rows of a captured decode graph."""
+    return int((common.query_start_loc_cpu.diff() <= 1).cumprod(0).sum())
+
+
+def real_rows(common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+    """The metadata without the rows that pad a captured graph: they have no query token."""
+    rows = int((common.query_start_loc_cpu.diff() > 0).sum())
+    return common.unpadded(int(common.query_start_loc_cpu[rows]), rows)
+
+
+def rows_from(common: CommonAttentionMetadata, first: int) -> CommonAttentionMetadata:
+    """The metadata of the rows from `first` on, which have one query token each before them; nothing is gathered."""
+    return replace(
+        common,
+        query_start_loc=common.query_start_loc[first:] - first,
+        query_start_loc_cpu=common.query_start_loc_cpu[first:] - first,
+        seq_lens=common.seq_lens[first:],
+        num_reqs=common.num_reqs - first,
+        num_actual_tokens=common.num_actual_tokens - first,
+        block_table_tensor=common.block_table_tensor[first:],
+        slot_mapping=common.slot_mapping[first:],
+        positions=common.positions[first:],
+        is_prefilling=common.is_prefilling[first:],
+        seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound[first:],
+    )
+
+
 def token_rows(common: CommonAttentionMetadata, rows: Tensor) -> Tensor:
     """Indices [T] int64 of the query tokens of `rows`, in order."""
     starts = common.query_start_loc_cpu

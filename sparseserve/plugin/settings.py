@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,13 +11,18 @@ from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+from vllm.v1.attention.backend import AttentionImpl
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from sparseserve.config import ADDITIONAL_CONFIG, from_dict
 from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.plan import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape
+
+CUDA_HEAD_SIZES = (64, 96, 128, 256)
+CUDA_GROUP = 16  # query heads of a KV head, at most
+WITHOUT_US = "serve this model without additional_config.sparseserve"
 
 
 def policy_of(vllm_config: VllmConfig) -> Policy | None:
@@ -67,15 +72,54 @@ def rope_table(vllm_config: VllmConfig, head_dim: int) -> Tensor:
     return rope.cos_sin_cache[: model.max_model_len].float()
 
 
-def check_attention(name: str, impl: CPUAttentionBackendImpl) -> None:
+def check_attention(name: str, impl: AttentionImpl) -> None:
     """Raise UnsupportedError for attention that our kernels would compute as if it were plain softmax attention."""
     extras = {
-        "sliding window": impl.sliding_window != -1,
+        "sliding window": impl.sliding_window not in (-1, (-1, -1)),
         "ALiBi": impl.alibi_slopes is not None,
         "capped logits": impl.logits_soft_cap != 0,
         "attention sinks": impl.sinks is not None,
-        "quantized KV cache": impl.is_fp8_kv_cache,
+        "quantized KV cache": is_quantized_kv_cache(impl.kv_cache_dtype),
     }
     if found := [extra for extra, there in extras.items() if there]:
-        remedy = "serve this model without additional_config.sparseserve"
-        raise UnsupportedError(Problem(name, " and ".join(found), "plain softmax attention", remedy=remedy))
+        raise UnsupportedError(Problem(name, " and ".join(found), "plain softmax attention", remedy=WITHOUT_US))
+
+
+def page_problems(vllm_config: VllmConfig, policy: Policy) -> Iterator[Problem]:
+    """Pages that do not hold whole units."""
+    page, unit = vllm_config.cache_config.block_size, policy.selection_unit
+    if policy.selection_slots(vllm_config.model_config.max_model_len) and page % unit:
+        allowed = f"a multiple of {unit}, the unit_tokens of {policy.name}"
+        yield Problem("--block-size", page, allowed, remedy=f"give --block-size {-(-page // unit) * unit}")
+
+
+def cuda_problems(vllm_config: VllmConfig, policy: Policy, heads: HeadShape) -> Iterator[Problem]:
+    """What the CUDA kernels, or steps that are captured in graphs, cannot do."""
+    yield from page_problems(vllm_config, policy)
+    dtype, parallel = vllm_config.model_config.dtype, vllm_config.parallel_config
+    if dtype not in (torch.bfloat16, torch.float16):
+        allowed = "bfloat16 or float16 on CUDA"
+        yield Problem("--dtype", str(dtype).removeprefix("torch."), allowed, remedy="give --dtype bfloat16")
+    if heads.head_dim not in CUDA_HEAD_SIZES:
+        allowed = f"one of {', '.join(map(str, CUDA_HEAD_SIZES))} on CUDA"
+        yield Problem("head size", heads.head_dim, allowed, remedy=WITHOUT_US)
+    if heads.group > CUDA_GROUP:
+        allowed = f"at most {CUDA_GROUP} on CUDA"
+        yield Problem("query heads of a KV head", heads.group, allowed, remedy=WITHOUT_US)
+    if switch := policy.host_bound:
+        allowed = "false on CUDA, where a step cannot wait for the host"
+        yield Problem(switch, getattr(policy, switch), allowed, remedy=f"give --set {switch}=false")
+    refused = {
+        "--speculative-config": vllm_config.speculative_config and vllm_config.speculative_config.method,
+        "--enable-dbo": parallel.use_ubatching and "set",
+    }
+    for flag, value in refused.items():
+        if value:
+            yield Problem(flag, value, "none: it cannot be combined with a policy", remedy=f"drop {flag}")
+    compilation = vllm_config.compilation_config
+    piecewise = compilation.cudagraph_mode and compilation.cudagraph_mode.has_piecewise_cudagraphs()
+    if piecewise and not vllm_config.use_v2_model_runner and not compilation.splitting_ops_contain_kv_cache_update():
+        # V1 captures such graphs without the positions that summaries may need.
+        key, value = "--compilation-config.splitting_ops", "without vllm::unified_kv_cache_update"
+        remedy = "drop it, and use_inductor_graph_partition"
+        yield Problem(key, value, "the default, which splits at KV cache updates", remedy=remedy)

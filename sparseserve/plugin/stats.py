@@ -7,9 +7,12 @@ one, `server/metrics.py` asks for `snapshot()` at each scrape.
 from __future__ import annotations
 
 from importlib.metadata import version
+from time import monotonic
+from weakref import WeakSet
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge
+from torch import Tensor
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from sparseserve import ops
@@ -54,19 +57,21 @@ KV_BYTES = Gauge(
 
 
 class Meter:
-    """Counts one engine's steps."""
+    """Counts one engine's steps on the CPU."""
 
     def __init__(self, policy: Policy, plans: list[LayerPlan]) -> None:
         self._policy = policy.name
         self._layers = {role: [plan for plan in plans if plan.role is role] for role in Role}
-        labels = {"policy": policy.name, "backend": "CPU_ATTN", "runner": "V1", "isa": ops.isa()}
-        INFO.labels(**labels, version=version("sparseserve")).set(1)
+        INFO.labels(**self._labels(), policy=policy.name, version=version("sparseserve")).set(1)
         for role in Role:
             if self._layers[role]:
                 ATTENDED.labels(policy.name, role.value)
                 RESIDENT.labels(policy.name, role.value)
         self._decode_rows = DECODE_ROWS.labels(policy.name)
         self._dense_rows = {reason: DENSE_ROWS.labels(policy.name, reason) for reason in ("short", "prefill")}
+
+    def _labels(self) -> dict[str, str]:
+        return {"backend": "CPU_ATTN", "runner": "V1", "isa": ops.isa()}
 
     def set_kv_bytes(self, spec: AttentionSpec, pages: int, layers: int) -> None:
         """Report the size of the cache: `pages` pages in each of `layers` layers."""
@@ -82,15 +87,73 @@ class Meter:
 
     def count_tokens(self, step: Step) -> None:
         """Count what `attend` wrote into the step's buffers."""
-        resident = int(step.table.seq_lens.sum())
-        dense = step.attended_dense.sum((1, 2), dtype=torch.float64)
-        selected = step.attended.mean(2, dtype=torch.float64).sum(1)
+        self._publish(_tokens(step))
+
+    def _publish(self, tokens: Tensor) -> None:
+        dense, selected, resident = tokens.tolist()
         for role, plans in self._layers.items():
             if not plans:
                 continue
-            attended = sum(float((dense if plan.dense_output else selected)[plan.layer]) for plan in plans)
+            attended = sum((dense if plan.dense_output else selected)[plan.layer] for plan in plans)
             ATTENDED.labels(self._policy, role.value).inc(attended)
-            RESIDENT.labels(self._policy, role.value).inc(resident * len(plans))
+            RESIDENT.labels(self._policy, role.value).inc(resident[0] * len(plans))
+
+
+_COUNTING: WeakSet[CudaMeter] = WeakSet()  # whose numbers `snapshot` asks for
+
+
+class CudaMeter(Meter):
+    """Counts one engine's steps on the GPU, in tensors that captured graphs add to; no step waits for a number.
+
+    `snapshot` reads them as they are. Without one (several API servers) `report` publishes every second what it asked
+    the GPU for a second before: numbers are up to two seconds late, and those after the last step stay unpublished
+    until the next one. Rows that attend to everything because they are short or in their prompt do not count.
+    """
+
+    def __init__(self, policy: Policy, plans: list[LayerPlan], layers: int, device: torch.device, runner: str) -> None:
+        self._device, self._runner = device, runner
+        super().__init__(policy, plans)
+        self._counted = torch.zeros(3, layers, dtype=torch.float64, device=device)
+        self._arrived = torch.zeros(3, layers, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._published = torch.zeros(3, layers, dtype=torch.float64)
+        self._due = 0.0
+        _COUNTING.add(self)
+
+    def _labels(self) -> dict[str, str]:
+        on_gpu = self._device.type == "cuda"
+        isa = "sm_{}{}".format(*torch.cuda.get_device_capability(self._device)) if on_gpu else "simulator"
+        return {"backend": "CUSTOM", "runner": self._runner, "isa": isa}
+
+    def count_tokens(self, step: Step) -> None:
+        self._counted += _tokens(step)
+
+    def report(self) -> None:
+        """Publish what arrived since the last time, if that is a second ago, and ask for more."""
+        if monotonic() < self._due:
+            return
+        self._publish_up_to(self._arrived.clone())
+        self._arrived.copy_(self._counted, non_blocking=True)
+        self._due = monotonic() + 1
+
+    def flush(self) -> None:
+        """Publish everything; waits for the GPU."""
+        self._publish_up_to(self._counted.cpu())
+
+    def _publish_up_to(self, counted: Tensor) -> None:
+        new = (counted - self._published).clamp(min=0)  # what was asked for before a flush may be older than it
+        self._published = self._published + new  # not in place: steps run in inference mode, scrapes do not
+        self._publish(new)
+
+
+def _tokens(step: Step) -> Tensor:
+    """Tokens that every layer would attend to, dense and selected, and tokens resident, [3, L] fp64."""
+    attended, attended_dense, resident = step.attended, step.attended_dense, step.table.seq_lens
+    if step.whole is not None:
+        chosen = (step.whole == 0)[..., 0]  # [B, 1]
+        attended, attended_dense, resident = attended * chosen, attended_dense * chosen, resident * chosen[:, 0]
+    dense = attended_dense.sum((1, 2), dtype=torch.float64)
+    selected = attended.mean(2, dtype=torch.float64).sum(1)
+    return torch.stack([dense, selected, resident.sum(dtype=torch.float64).expand_as(dense)])
 
 
 Snapshot = list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
@@ -98,6 +161,8 @@ Snapshot = list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
 
 def snapshot() -> Snapshot:
     """All metrics of this process: (name, help, type, [(sample name, labels, value)])."""
+    for meter in _COUNTING:
+        meter.flush()
     return [
         (metric.name, metric.documentation, metric.type, [(s.name, s.labels, s.value) for s in metric.samples])
         for metric in WORKER.collect()

@@ -51,6 +51,11 @@ class Policy(BaseModel, ABC):
         """Longest row, in tokens, for which the policy attends to everything anyway."""
         return self.min_tokens
 
+    @property
+    def host_bound(self) -> str:
+        """The switch that makes a step wait for values on the host, so that CUDA cannot run it; "" for none."""
+        return ""
+
     @abstractmethod
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         """The plan of every layer; ConfigError when the model does not have the layers asked for."""

@@ -132,8 +132,11 @@ class Hip(BudgetPolicy):
 
     def summarize(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
         """Forget what the pages that begin remember of the rows that had them before."""
-        begun = new.slots[new.slots % kv.page_size == 0] // kv.page_size
-        summary[:, :, 0].index_fill_(0, begun, 0)
+        kept = (new.slots % kv.page_size).clamp(max=1).int()  # 0 for the first token of a page, 1 for padding
+        pages = new.slots.clamp(min=0) // kv.page_size
+        heads = summary.shape[1]
+        # A product has no order among the tokens of a page, and its shapes do not depend on how many pages begin.
+        summary[:, :, 0].scatter_reduce_(0, pages[:, None].expand(-1, heads), kept[:, None].expand(-1, heads), "prod")
 
     def select(
         self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float

@@ -11,7 +11,7 @@ from torch import Tensor
 from sparseserve.artifacts.s2 import TRAINED_OFFSET, first_blocks
 from sparseserve.plan import ModelShape
 from sparseserve.policies.base import Policy, load_artifact
-from sparseserve.types import LayerPlan, Role, Scope, Step, Window
+from sparseserve.types import CPU, LayerPlan, Role, Scope, Step, Window
 
 Blocks = Annotated[int, Field(ge=1)]
 TRAINED = {"scope": "query_head", "offset_blocks": TRAINED_OFFSET}
@@ -91,10 +91,10 @@ class S2(Policy):
         )
 
     def prepare(self, step: Step, model: ModelShape) -> None:
-        heads, total = self._heads(model)
-        first = first_blocks(heads, total, self.stride, self.homo_heads, self.offset_blocks)
         units = step.selection.units
-        units.copy_(first[:, None] + self.stride * torch.arange(units.shape[2]))
+        heads, total = self._heads(model, units.device)
+        first = first_blocks(heads, total, self.stride, self.homo_heads, self.offset_blocks)
+        units.copy_(first[:, None] + self.stride * torch.arange(units.shape[2], device=units.device))
         blocks = -(-step.table.seq_lens // self.block_tokens)
         count = -(-(blocks[:, None] - first) // self.stride)
         step.selection.count.copy_(count.clamp(min=0))
@@ -103,7 +103,7 @@ class S2(Policy):
         local = super().expected_tokens(plan, length)
         return local + (length - local) / self.stride  # the mean over heads that slide past every block
 
-    def _heads(self, model: ModelShape) -> tuple[Tensor, int]:
+    def _heads(self, model: ModelShape, device: torch.device = CPU) -> tuple[Tensor, int]:
         """This rank's selection heads by their number in the model, [Hs], and how many that has."""
         mine = model.heads.selection_heads(self.head_scope)
-        return model.rank * mine + torch.arange(mine), model.ranks * mine
+        return model.rank * mine + torch.arange(mine, device=device), model.ranks * mine

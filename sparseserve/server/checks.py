@@ -9,6 +9,7 @@ import vllm.envs as envs
 from vllm.platforms import current_platform
 
 from sparseserve.errors import Problem, UnsupportedError
+from sparseserve.ops.library import kernels
 from sparseserve.plan import ModelShape
 from sparseserve.plugin import settings
 from sparseserve.policies import Policy
@@ -26,18 +27,17 @@ USE_VLLM = "serve this model with vLLM itself"
 
 def model_shape(config: VllmConfig) -> ModelShape:
     """The model as the policies see it, with the heads of one rank."""
-    model, parallel = config.model_config, config.parallel_config
-    kv_heads = model.get_num_kv_heads(parallel)
-    group = model.get_num_attention_heads(parallel) // kv_heads
-    heads = HeadShape(kv_heads, group, model.get_head_size())
-    return settings.model_shape(config, heads)
+    return settings.model_shape(config, _head_shape(config))
 
 
 def check_supported(config: VllmConfig, policy: Policy) -> None:
     """Raise UnsupportedError with everything that stands in the way of `policy`."""
     # Heads and pages of a model without ordinary attention mean nothing.
-    if problems := list(_model(config.model_config)) or [*_heads(config), *_flags(config), *_cache(config, policy)]:
-        raise UnsupportedError(*problems)
+    problems = list(_model(config.model_config)) or [*_heads(config), *_flags(config), *_cache(config, policy)]
+    if problems:
+        raise UnsupportedError(*dict.fromkeys(problems))  # some checks are the plugin's, too
+    if current_platform.is_cuda():
+        kernels("cuda")  # raises KernelsNotBuiltError
 
 
 def plan_layers(config: VllmConfig, policy: Policy, shape: ModelShape) -> tuple[LayerPlan, ...]:
@@ -77,9 +77,15 @@ def _windowed(model: ModelConfig) -> str:
     return " and ".join(sorted(layers)) or (f"sliding window of {window} tokens" if window else "")
 
 
+def _head_shape(config: VllmConfig) -> HeadShape:
+    model, parallel = config.model_config, config.parallel_config
+    kv_heads = model.get_num_kv_heads(parallel)
+    return HeadShape(kv_heads, model.get_num_attention_heads(parallel) // kv_heads, model.get_head_size())
+
+
 def _heads(config: VllmConfig) -> Iterator[Problem]:
     model = config.model_config
-    if model.get_head_size() not in HEAD_SIZES:
+    if current_platform.is_cpu() and model.get_head_size() not in HEAD_SIZES:
         yield Problem("head size", model.get_head_size(), f"one of {', '.join(map(str, HEAD_SIZES))}", remedy=USE_VLLM)
     if model.model_arch_config.per_layer_overrides:
         yield Problem("model", model.model, "the same heads in every layer", remedy=USE_VLLM)
@@ -96,9 +102,9 @@ def _flags(config: VllmConfig) -> Iterator[Problem]:
     for flag, value in refused.items():
         if value:
             yield Problem(flag, value, "none: it cannot be combined with a policy", remedy=f"drop {flag}")
-    if not current_platform.is_cpu():
-        allowed = "cpu, the only platform with kernels so far"
-        yield Problem("platform", current_platform.device_name, allowed, remedy="install sparseserve[cpu]")
+    if not (current_platform.is_cpu() or current_platform.is_cuda()):
+        remedy = "install sparseserve[cpu] or sparseserve[cuda]"
+        yield Problem("platform", current_platform.device_name, "cpu or cuda", remedy=remedy)
     if envs.VLLM_USE_RUST_FRONTEND:
         allowed = "unset: the Rust front end loads no endpoint plugins, so our metrics would be missing"
         yield Problem("VLLM_USE_RUST_FRONTEND", 1, allowed, remedy="unset VLLM_USE_RUST_FRONTEND")
@@ -111,12 +117,10 @@ def _cache(config: VllmConfig, policy: Policy) -> Iterator[Problem]:
         remedy = f"give --kv-cache-dtype {dtype}"
         yield Problem("--kv-cache-dtype", cache.cache_dtype, f"auto or {dtype}", remedy=remedy)
         return
-    unit = policy.selection_unit
-    if policy.selection_slots(config.model_config.max_model_len) and cache.block_size % unit:
-        allowed = f"a multiple of {unit}, the unit_tokens of {policy.name}"
-        remedy = f"give --block-size {-(-cache.block_size // unit) * unit}"
-        yield Problem("--block-size", cache.block_size, allowed, remedy=remedy)
-    if (isa := _isa(config)) not in CPU_ISAS:
+    yield from settings.page_problems(config, policy)
+    if current_platform.is_cuda():
+        yield from settings.cuda_problems(config, policy, _head_shape(config))
+    if current_platform.is_cpu() and (isa := _isa(config)) not in CPU_ISAS:
         yield Problem("CPU attention ISA", isa, f"one of {', '.join(CPU_ISAS)}", remedy="use an x86-64 machine")
 
 

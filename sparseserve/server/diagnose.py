@@ -19,7 +19,18 @@ INSTALL = "pip install 'sparseserve[cpu]'"
 ENTRY_POINTS = {"vllm.general_plugins": "sparseserve", "vllm.endpoint_plugins": "sparseserve_metrics"}
 # What the plugin and the launcher rely on: module, then names (`Class.member`) or dataclass fields (`Class:field`).
 SEAMS = {
-    "vllm.v1.attention.backends.registry": ["AttentionBackendEnum.CPU_ATTN", "register_backend"],
+    "vllm.v1.attention.backends.registry": [
+        "AttentionBackendEnum.CPU_ATTN",
+        "AttentionBackendEnum.CUSTOM",
+        "register_backend",
+    ],
+    "vllm.v1.attention.backends.flash_attn": [
+        "FlashAttentionBackend.customize_spec",
+        "FlashAttentionImpl.forward",
+        "FlashAttentionImpl.do_kv_cache_update",
+        "FlashAttentionMetadataBuilder.build",
+        "FlashAttentionMetadataBuilder.build_for_cudagraph_capture",
+    ],
     "vllm.v1.attention.backends.cpu_attn": [
         "CPUAttentionBackend.customize_spec",
         "CPUAttentionBackendImpl.forward",
@@ -90,7 +101,13 @@ def _gpu() -> Finding:
 
     if not torch.cuda.is_available():
         return Finding("GPU", "ok", "none; policies run on the CPU")
-    return Finding("GPU", "warning", torch.cuda.get_device_name(), "policies run on the CPU only: use sparseserve[cpu]")
+    from sparseserve.ops.library import kernels
+
+    try:
+        kernels("cuda")
+    except SparseServeError as error:
+        return Finding("GPU", "warning", f"{torch.cuda.get_device_name()}, CUDA kernels not built", str(error))
+    return Finding("GPU", "ok", f"{torch.cuda.get_device_name()}, CUDA kernels built")
 
 
 def _vllm() -> Finding:

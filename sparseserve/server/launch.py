@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 OUR_PLUGINS = ["sparseserve", "sparseserve_metrics"]
 ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
 WORKER_EXTENSION = "sparseserve.plugin.worker.StatsExtension"
+CUDA_PAGE = 64  # tokens, at least; vLLM's 16 hold no unit of most policies
 
 
 def main(argv: list[str]) -> int:
@@ -70,12 +71,16 @@ class Launch:
 
 def prepare(source: PolicySource, argv: list[str]) -> Launch:
     """Everything that can be known before the engine starts."""
+    from vllm.platforms import current_platform
+
     from sparseserve.server.checks import check_supported, model_shape, plan_layers
 
     with vllm_errors():
         args = parse(argv)
     policy = source.policy(args.model)
     argv = [*argv, *policy_flags(policy, args)]
+    if current_platform.is_cuda():
+        argv += cuda_flags(policy, args)
     with vllm_errors():
         args = parse(argv)
         config = engine_config(args)
@@ -144,6 +149,30 @@ def policy_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
     return [*chain.from_iterable(pairs), "--worker-extension-cls", WORKER_EXTENSION]
 
 
+def cuda_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
+    """What to add on CUDA: our backend for full attention, and pages of whole units unless the user gave a size."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    given = args.attention_config
+    kinds = given.backend_per_kind
+    for backend in (args.attention_backend, given.backend, kinds.get("full_attention")):
+        name = getattr(backend, "name", backend)
+        if name not in (None, "CUSTOM"):
+            allowed = "none: a policy comes with a backend of its own"
+            raise UnsupportedError(Problem("attention backend", name, allowed, remedy="drop the flag that chooses it"))
+    settings = {field.name: getattr(given, field.name) for field in fields(given)}
+    changed = {key: value for key, value in settings.items() if value != getattr(type(given)(), key)}
+    changed["backend_per_kind"] = {**kinds, "full_attention": AttentionBackendEnum.CUSTOM}
+    # One dotted flag per key, as above; backends go by their names.
+    pairs = [
+        [f"--attention-config.{key}", json.dumps(value, default=lambda backend: backend.name)]
+        for key, value in changed.items()
+    ]
+    if not args.block_size:
+        pairs.append(["--block-size", str(-(-CUDA_PAGE // policy.selection_unit) * policy.selection_unit)])
+    return [*chain.from_iterable(pairs)]
+
+
 def allowed_plugins(env: Mapping[str, str]) -> list[str]:
     """VLLM_PLUGINS with our plugins in it: it is an allow-list, so what loads without it must be named too."""
     if "VLLM_PLUGINS" in env:
@@ -173,10 +202,11 @@ def summary(config: VllmConfig, policy: Policy, plans: Sequence[LayerPlan]) -> s
     length = config.model_config.max_model_len
     roles = {role: [plan.layer for plan in plans if plan.role is role] for role in Role}
     attended = sum(policy.expected_tokens(plan, length) for plan in plans)
+    backend = f"CPU_ATTN ({ops.isa()})" if config.device_config.device_type == "cpu" else "CUSTOM (cuda)"
     parts = [
         " ".join(f"{key}={value}" for key, value in to_dict(policy).items()),
         "layers " + ", ".join(f"{role.value} {ranges(layers)}" for role, layers in roles.items() if layers),
-        f"backend CPU_ATTN ({ops.isa()})",
+        f"backend {backend}",
         f"runner {'V2' if config.use_v2_model_runner else 'V1'}",
         f"attends to {attended / (length * len(plans)):.1%} of the KV cache per step at {length} tokens",
     ]

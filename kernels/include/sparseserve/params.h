@@ -76,7 +76,7 @@ struct AttendParams {
 // CUDA cuts a row into at most this many pieces, by its own length alone.
 constexpr int64_t kMaxSplits = 32;
 
-// 32-bit words: a counter for each query head, and of each piece the output, maximum and sum.
+// 32-bit words: for each row and query head a counter, then of each piece the output, maximum and sum.
 constexpr int64_t scratch_words(int64_t rows, int64_t heads, int64_t head_dim) {
   return rows * heads * (1 + kMaxSplits * (head_dim + 2));
 }

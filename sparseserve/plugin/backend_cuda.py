@@ -1,0 +1,262 @@
+"""vLLM's FlashAttention with decode rows under a policy, eager or in captured graphs.
+
+A graph replays what one batch launched, so nothing of a step depends on values that the host would have to read. The
+builder runs before every replay, outside the graph: it writes the step's buffers, which the graph reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from sparseserve.cache import cuda_views, summaries
+from sparseserve.decode import SparseLayer, decode_layer
+from sparseserve.errors import UnsupportedError
+from sparseserve.plugin.cache import with_summaries
+from sparseserve.plugin.metadata import decode_rows, real_rows, rows_from, split_rows
+from sparseserve.plugin.settings import (
+    CUDA_HEAD_SIZES,
+    check_attention,
+    cuda_problems,
+    head_shape,
+    model_shape,
+    policy_of,
+)
+from sparseserve.plugin.stats import CudaMeter
+from sparseserve.policies import Policy
+from sparseserve.step import StepBuffers
+from sparseserve.types import LayerPlan, NewTokens, PageTable, Step, on_device
+
+
+class SparseCUDABackend(FlashAttentionBackend):
+    """CUSTOM: FLASH_ATTN, with the policy of `additional_config["sparseserve"]` on decode rows."""
+
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    # vLLM asks the class for its spec outside of any config; the layers were built just before, within theirs.
+    policy: ClassVar[Policy | None] = None
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[SparseCUDAImpl]:
+        return SparseCUDAImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SparseCUDABuilder]:
+        return SparseCUDABuilder
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_size in CUDA_HEAD_SIZES
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """A run of memory for every page and head is read fastest; both leave the tails of pages to us."""
+        return KVCacheLayout.LBHNC, KVCacheLayout.LBNHC
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return spec if cls.policy is None else with_summaries(spec, cls.policy)
+
+
+@dataclass
+class SparseCUDAMetadata(FlashAttentionMetadata):
+    """The parent's metadata where every row is the parent's, else the step of the first rows."""
+
+    positions: Tensor | None = None  # [T] int64, of all query tokens
+    step: Step | None = None  # of the decode rows, which come first; None: every row is the parent's
+    rest: FlashAttentionMetadata | None = None  # of the rows after them
+
+
+class SparseCUDABuilder(FlashAttentionMetadataBuilder):
+    """Splits every batch into decode rows for the policy and rows for the parent."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    reorder_batch_threshold: int = 1
+    supports_update_block_table: bool = False  # the step has the block table, too
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._policy: Policy | None = None
+        if (policy := policy_of(vllm_config)) is not None:
+            self.bind(policy)
+
+    def bind(self, policy: Policy) -> None:
+        """Give every layer of this group its plan and allocate the step's buffers."""
+        config = self.vllm_config
+        layers = get_layers_from_vllm_config(config, Attention, self.layer_names)
+        heads = head_shape(next(iter(layers.values())))
+        if problems := list(cuda_problems(config, policy, heads)):
+            raise UnsupportedError(*problems)
+        model = model_shape(config, heads, get_tensor_model_parallel_rank())
+        plans = on_device(policy.plans(model), self.device)
+        rows = config.scheduler_config.max_num_seqs
+        self._policy, self._model = policy, model
+        self._buffers = StepBuffers(policy, plans, heads, rows, model.max_len, self.device)
+        mine = [plans[extract_layer_index(name)] for name in layers]
+        runner = "V2" if config.use_v2_model_runner else "V1"
+        self._meter = CudaMeter(policy, mine, len(plans), self.device, runner)
+        self._meter.set_kv_bytes(self.kv_cache_spec, config.cache_config.num_gpu_blocks or 0, len(layers))
+        summary_shape = policy.summary_shape(heads, self.kv_cache_spec.block_size)
+        for (name, layer), plan in zip(layers.items(), mine, strict=True):
+            check_attention(name, layer.impl)
+            layer.impl.bind(policy, plan, summary_shape, self._meter if plan is mine[-1] else None)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> FlashAttentionMetadata:
+        common = common_attn_metadata
+        if self._policy is None:
+            return super().build(common_prefix_len, common, fast_build)
+        split = split_rows(real_rows(common), self._policy.dense_up_to)
+        self._meter.report()
+        self._meter.count_rows(split)
+        rows, any_long = decode_rows(common), bool(split.sparse.shape[0])
+        # The runner may be about to replay a graph of decode rows, whatever is returned here.
+        step = self._step(common, rows) if any_long or rows == common.num_reqs else None
+        if any_long:
+            return self._metadata(common, step)
+        return _extend(super().build(common_prefix_len, common, fast_build), positions=common.positions)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
+        common = common_attn_metadata
+        if self._policy is None or decode_rows(common) < common.num_reqs:
+            return super().build_for_cudagraph_capture(common)
+        return self._metadata(common, self._step(common, common.num_reqs))
+
+    def _step(self, common: CommonAttentionMetadata, rows: int) -> Step:
+        seq_lens = common.seq_lens[:rows]
+        whole = seq_lens <= self._policy.dense_up_to
+        in_prompt = common.is_prefilling[:rows]  # runner V2 leaves out rows of padding
+        if in_prompt.any():
+            # A prompt's last chunk of one token runs as a decode: the answer must not depend on where chunks end.
+            whole[: in_prompt.shape[0]] |= in_prompt.to(self.device, non_blocking=True)
+        step = self._buffers.step(PageTable(common.block_table_tensor[:rows], seq_lens), whole)
+        self._policy.prepare(step, self._model)
+        return step
+
+    def _metadata(self, common: CommonAttentionMetadata, step: Step) -> SparseCUDAMetadata:
+        rows = step.table.seq_lens.shape[0]
+        return SparseCUDAMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            query_start_loc=common.query_start_loc,
+            max_seq_len=common.max_seq_len,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+            positions=common.positions,
+            step=step,
+            rest=super().build(0, rows_from(common, rows)) if rows < common.num_reqs else None,
+        )
+
+
+def _extend(parent: FlashAttentionMetadata, **sparse: object) -> SparseCUDAMetadata:
+    inherited = {field.name: getattr(parent, field.name) for field in fields(parent)}
+    return SparseCUDAMetadata(**inherited, **sparse)
+
+
+class SparseCUDAImpl(FlashAttentionImpl):
+    """One layer: the policy for the first rows, the parent for the others."""
+
+    supports_dcp: bool = False
+    can_return_lse_for_decode: bool = False
+
+    _policy: Policy | None = None
+    _layer: SparseLayer | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        SparseCUDABackend.policy = policy_of(get_current_vllm_config())
+
+    def bind(self, policy: Policy, plan: LayerPlan, summary_shape: tuple[int, ...], meter: CudaMeter | None) -> None:
+        """Take the layer's plan; `meter` is the one to report a finished step to, for the last layer only."""
+        self._policy, self._plan, self._summary_shape, self._meter = policy, plan, summary_shape, meter
+        self._layer = None
+
+    def do_kv_cache_update(
+        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self._policy is None or not self._summary_shape:
+            return
+        metadata = get_forward_context().attn_metadata
+        if metadata is None:  # vLLM warms up, without a token to keep
+            return
+        positions = metadata[layer.layer_name].positions
+        tokens = min(positions.shape[0], slot_mapping.shape[0])  # either may go on with padding
+        bound = self._bound(kv_cache)
+        self._policy.summarize(
+            NewTokens(slot_mapping[:tokens], positions[:tokens]), bound.kv, bound.summary, bound.plan
+        )
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: FlashAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        step = getattr(attn_metadata, "step", None)
+        if step is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        rows = step.table.seq_lens.shape[0]
+        decode_layer(self._bound(kv_cache), step, query[:rows], output[:rows])
+        if self._meter is not None:
+            self._meter.count_tokens(step)
+        if attn_metadata.rest is not None:
+            super().forward(layer, query[rows:], key[rows:], value[rows:], kv_cache, attn_metadata.rest, output[rows:])
+        return output
+
+    def _bound(self, kv_cache: Tensor) -> SparseLayer:
+        if self._layer is None or self._layer.kv.key.data_ptr() != kv_cache.data_ptr():
+            summary = summaries(kv_cache, self._summary_shape, self._policy.summary_dtype)
+            self._layer = SparseLayer(self._policy, self._plan, cuda_views(kv_cache), summary, self.scale)
+        return self._layer

@@ -1,0 +1,168 @@
+"""What a vLLM worker builds of the CUDA backend, on CPU tensors: layers, KV cache, metadata builder, batches."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends import flash_attn
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheTensor, create_kv_cache_views
+
+from sparseserve.config import to_dict
+from sparseserve.plan import ModelShape
+from sparseserve.plugin import backend_cuda
+from sparseserve.plugin.backend_cuda import SparseCUDABackend, SparseCUDABuilder
+from sparseserve.policies import Policy
+from sparseserve.types import HeadShape
+
+HEADS = HeadShape(kv_heads=2, group=2, head_dim=64)
+PAGE, LAYERS, MAX_LEN, ROWS, POOL = 64, 3, 448, 8, 48
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": HEADS.query_heads * HEADS.head_dim,
+    "intermediate_size": 64,
+    "max_position_embeddings": MAX_LEN,
+    "num_attention_heads": HEADS.query_heads,
+    "num_hidden_layers": LAYERS,
+    "num_key_value_heads": HEADS.kv_heads,
+    "vocab_size": 320,
+}
+
+
+def vllm_config(folder: Path) -> VllmConfig:
+    """What vLLM derives for a small Llama."""
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    args = EngineArgs(str(folder), skip_tokenizer_init=True, block_size=PAGE, max_num_seqs=ROWS)
+    return args.create_engine_config()
+
+
+def stand_in_for_flash_attention(patch: pytest.MonkeyPatch) -> None:
+    """Plain torch in place of FlashAttention's two kernels, and no tensor parallelism."""
+    patch.setattr(flash_attn, "reshape_and_cache_flash", _write, raising=False)
+    patch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", _attend)
+    patch.setattr(backend_cuda, "get_tensor_model_parallel_rank", lambda: 0)
+
+
+@dataclass
+class Batch:
+    """Rows of a step: their tokens with those of this step, the tokens of this step, and which are in their prompt."""
+
+    lengths: list[int]
+    new: list[int]
+    in_prompt: list[bool] = field(default_factory=list)
+    padding: int = 0  # rows that fill up a captured graph
+
+    def metadata(self, pages: Tensor, device: str) -> CommonAttentionMetadata:
+        """As runner V2 gives it: padding has length 0 and slot -1, and is missing from `is_prefilling`."""
+        lengths = torch.tensor([*self.lengths, *[0] * self.padding], dtype=torch.int32)
+        starts = torch.tensor([0, *self.new, *[0] * self.padding], dtype=torch.int32).cumsum(0).to(torch.int32)
+        tokens = [range(length - new, length) for length, new in zip(self.lengths, self.new, strict=True)]
+        positions = torch.tensor([position for row in tokens for position in row] + [0] * self.padding)
+        slots = [int(pages[row, at // PAGE]) * PAGE + at % PAGE for row, span in enumerate(tokens) for at in span]
+        return CommonAttentionMetadata(
+            query_start_loc=starts.to(device),
+            query_start_loc_cpu=starts,
+            seq_lens=lengths.to(device),
+            num_reqs=len(lengths),
+            num_actual_tokens=len(positions),
+            max_query_len=max(self.new),
+            max_seq_len=max(self.lengths),
+            block_table_tensor=pages[: len(lengths)].to(device),
+            slot_mapping=torch.tensor(slots + [-1] * self.padding).to(device),
+            positions=positions.to(device),
+            is_prefilling=torch.tensor(self.in_prompt or [False] * len(self.lengths)),
+            seq_lens_cpu_upper_bound=lengths,
+        )
+
+
+class Worker:
+    """The backend's layers and builder under `policy`, with vLLM's own views of a padded cache."""
+
+    def __init__(
+        self, config: VllmConfig, policy: Policy, layout: str = "LBHNC", device: str = "cpu", patch: Any = None
+    ) -> None:
+        config.additional_config = {"sparseserve": to_dict(policy)}
+        config.compilation_config.static_forward_context.clear()
+        names = [f"model.layers.{layer}.self_attn.attn" for layer in range(LAYERS)]
+        with set_current_vllm_config(config):
+            self.layers = [
+                Attention(
+                    HEADS.query_heads,
+                    HEADS.head_dim,
+                    HEADS.head_dim**-0.5,
+                    HEADS.kv_heads,
+                    cache_config=config.cache_config,
+                    prefix=name,
+                    attn_backend=SparseCUDABackend,
+                )
+                for name in names
+            ]
+        for layer in self.layers:
+            layer.impl.vllm_flash_attn_version = 3
+        plain = FullAttentionSpec(
+            block_size=PAGE, num_kv_heads=HEADS.kv_heads, head_size=HEADS.head_dim, dtype=torch.bfloat16
+        )
+        self.spec = SparseCUDABackend.customize_spec(plain)
+        page = self.spec.page_size_bytes
+        raw = torch.zeros(LAYERS * POOL * page, dtype=torch.int8, device=device)
+        tensor = KVCacheTensor(size=len(raw), layers=names, layer_stride=POOL * page, block_stride=page)
+        self.caches = create_kv_cache_views(raw, self.spec, POOL, KVCacheLayout[layout], tensor, PAGE)
+        self.builder = SparseCUDABuilder(self.spec, names, config, torch.device(device))
+        self.patch = patch
+
+    def write(self, layer: int, metadata: Any, key: Tensor, value: Tensor, slots: Tensor) -> None:
+        """Write key and value [T, H, D] as vLLM does before attention."""
+        module = self.layers[layer]
+        context = SimpleNamespace(attn_metadata={module.layer_name: metadata})
+        self.patch.setattr(backend_cuda, "get_forward_context", lambda: context)
+        module.impl.do_kv_cache_update(module, key, value, self.caches[layer], slots)
+
+    def forward(self, layer: int, metadata: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of `query` [T, Hq, D]; memory for the output is full of NaN."""
+        module = self.layers[layer]
+        out = torch.full_like(query, torch.nan)
+        return module.impl.forward(module, query, key, value, self.caches[layer], metadata, out)
+
+
+def model_shape() -> ModelShape:
+    """The model of CONFIG as policies see it."""
+    return ModelShape("bed", LAYERS, HEADS, MAX_LEN, PAGE)
+
+
+def _write(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor, *_: object) -> None:
+    if slots.is_meta:
+        return
+    real = slots >= 0
+    page, offset = slots[real] // PAGE, slots[real] % PAGE
+    key_cache[page, offset], value_cache[page, offset] = key[: len(slots)][real], value[: len(slots)][real]
+
+
+def _attend(*, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor, **rest: Any) -> None:
+    """Causal attention of rows of any length, from the arguments that FlashAttention gets."""
+    if q.is_meta:
+        return
+    starts, lengths, pages = cu_seqlens_q.tolist(), rest["seqused_k"].tolist(), rest["block_table"]
+    assert len(q) == starts[-1] and len(lengths) == len(pages) == len(starts) - 1
+    for row, length in enumerate(lengths):
+        mine = slice(starts[row], starts[row + 1])
+        keys, values = (
+            half[pages[row].long()].flatten(0, 1)[:length].repeat_interleave(HEADS.group, 1).transpose(0, 1)
+            for half in (k, v)
+        )
+        seen = torch.arange(length) <= torch.arange(length - (starts[row + 1] - starts[row]), length)[:, None]
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            q[mine].transpose(0, 1), keys, values, attn_mask=seen, scale=rest["softmax_scale"]
+        )
+        out[mine] = mixed.transpose(0, 1)
