@@ -30,7 +30,7 @@ class StepBuffers:
         selection_heads = heads.selection_heads(policy.head_scope)
         unit = policy.selection_unit
         slots = policy.selection_slots(max_len)
-        units = -(-max_len // unit) if slots else 0
+        units = -(-max_len // unit) if policy.scores_units else 0
         self._everything = Selection.empty(rows, 1, 0, unit, device)
         self._selection = Selection.empty(rows, selection_heads, slots, unit, device)
         self._window = _stack(plans, selection_heads, device)

@@ -29,6 +29,7 @@ class Policy(BaseModel, ABC):
     summary: ClassVar[str]
     paper: ClassVar[str | None] = None
     summary_dtype: ClassVar[torch.dtype | None] = None  # of the page summaries; the cache's without
+    scores_units: ClassVar[bool] = False  # whether a step needs room for the scores of all units
 
     min_tokens: Tokens = Field(1024, description="rows of at most this many tokens take vLLM's own attention")
 

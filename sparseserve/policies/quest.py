@@ -28,6 +28,7 @@ class Quest(BudgetPolicy):
     name: ClassVar[str] = "quest"
     summary: ClassVar[str] = "The units whose key summaries promise the largest scores, chosen in every layer."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2406.10774"
+    scores_units: ClassVar[bool] = True
 
     sink_tokens: Tokens = Field(16, description="first tokens, always attended to")
     recent_tokens: PositiveTokens = Field(64, description="last tokens, always attended to, the current one included")

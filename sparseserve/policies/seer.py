@@ -34,6 +34,7 @@ class Seer(BudgetPolicy):
     name: ClassVar[str] = "seer"
     summary: ClassVar[str] = "The blocks that a trained gate expects the most attention in, chosen in every layer."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.08889"
+    scores_units: ClassVar[bool] = True
     summary_dtype: ClassVar[torch.dtype | None] = torch.float32
 
     artifact: str = Field(description="the decode gates: a folder as published, or what `convert` wrote")

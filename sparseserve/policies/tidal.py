@@ -54,6 +54,7 @@ class Tidal(BudgetPolicy):
     name: ClassVar[str] = "tidal"
     summary: ClassVar[str] = "Two layers choose tokens by attention mass, the layers between and after reuse them."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.05076"
+    scores_units: ClassVar[bool] = True
 
     select_layer: Annotated[int, Field(ge=0)] = Field(2, description="first selection layer, dense before it")
     reselect_layer: Annotated[int, Field(ge=0)] | None = Field(
