@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.txt')
 
-.PHONY: demo test lint bench sanitize gpu-test clean
+.PHONY: demo test lint bench sanitize gpu-build gpu-test gpu-bench gpu-bench-vllm clean
 
 demo: $(VENV)/.built
 	$(BIN)/sparseserve demo
@@ -32,14 +32,24 @@ sanitize: $(VENV)/.built
 	    ASAN_OPTIONS=detect_leaks=0,detect_stack_use_after_return=0,verify_asan_link_order=0 \
 	    $(BIN)/python -m pytest tests/ops -k simulator
 
-# On a machine with a GPU, a CUDA build of torch, nvcc and pytest; nothing is downloaded.
+# On a machine with a GPU, a CUDA build of torch, nvcc, scikit-build-core and, for the tests, pytest; nothing is downloaded.
+COMMIT ?= $(shell git rev-parse HEAD)
 SMALL := "cuda-LBHNC and (influence or rows_are_independent or chunks_equal or untouched)"
-gpu-test:
+gpu-build:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -Ccmake.define.SPARSESERVE_CUDA=ON --editable .
+
+gpu-test: gpu-build
 	$(PYTHON) -m pytest tests/ops -k cuda
 	for tool in memcheck racecheck synccheck; do \
 	    compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m pytest tests/ops -k $(SMALL) || exit 1; \
 	done
+
+gpu-bench: gpu-build
+	$(PYTHON) kernels/bench/gpu.py --commit $(COMMIT) --json build/bench-gpu.json
+
+# With vLLM 0.32 importable.
+gpu-bench-vllm: gpu-build
+	$(PYTHON) kernels/bench/gpu_vllm.py --commit $(COMMIT) --json build/bench-gpu-vllm.json
 
 # The lock lists every package; --no-deps leaves out torchvision, torchaudio and torchcodec, whose PyPI builds need CUDA.
 $(VENV)/.installed: deploy/cpu.lock
