@@ -24,6 +24,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def run(programs: dict[str, Path]) -> Run:
+    # vLLM, once imported, preloads its allocator into children; AddressSanitizer must come first.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
     def run_program(
         name: str, *arguments: str, order: str = "forward", threads: int = 2, stdin: bytes = b""
     ) -> subprocess.CompletedProcess[bytes]:
@@ -33,7 +36,7 @@ def run(programs: dict[str, Path]) -> Run:
             "ASAN_OPTIONS": "detect_stack_use_after_return=0",
         }
         return subprocess.run(
-            [programs[name], *arguments], env=os.environ | settings, input=stdin, capture_output=True, timeout=60
+            [programs[name], *arguments], env=environment | settings, input=stdin, capture_output=True, timeout=60
         )
 
     return run_program
