@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -21,15 +21,16 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from sparseserve.cache import cpu_views, summaries
-from sparseserve.decode import SparseLayer, decode_layer
+from sparseserve.cache import cpu_views
+from sparseserve.decode import decode_layer
 from sparseserve.plugin.cache import with_summaries
+from sparseserve.plugin.layers import SparseImpl, bind_layers, extended
 from sparseserve.plugin.metadata import RowSplit, split_rows, take_rows, token_rows
-from sparseserve.plugin.settings import check_attention, head_shape, model_shape, policy_of
+from sparseserve.plugin.settings import head_shape, model_shape, policy_of
 from sparseserve.plugin.stats import Meter
 from sparseserve.policies import Policy
 from sparseserve.step import StepBuffers
-from sparseserve.types import LayerPlan, NewTokens, PageTable, Step
+from sparseserve.types import NewTokens, PageTable, Step
 
 
 class SparseCPUBackend(CPUAttentionBackend):
@@ -87,11 +88,7 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         self._buffers = StepBuffers(policy, plans, heads, config.scheduler_config.max_num_seqs, model.max_len)
         mine = [plans[extract_layer_index(name)] for name in layers]
         self._meter = Meter(policy, mine)
-        self._meter.set_kv_bytes(self.kv_cache_spec, config.cache_config.num_gpu_blocks or 0, len(layers))
-        summary_shape = policy.summary_shape(heads, self.kv_cache_spec.block_size)
-        for (name, layer), plan in zip(layers.items(), mine, strict=True):
-            check_attention(name, layer.impl)
-            layer.impl.bind(policy, plan, summary_shape, self._meter if plan is mine[-1] else None)
+        bind_layers(config, self.kv_cache_spec, layers, mine, policy, heads, self._meter)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -103,7 +100,9 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         self._meter.count_rows(split)
         positions = common.positions[: common.num_actual_tokens]
         if not split.sparse.shape[0]:
-            return _extend(super().build(common_prefix_len, common, fast_build), positions=positions)
+            return extended(
+                SparseCPUMetadata, super().build(common_prefix_len, common, fast_build), positions=positions
+            )
         return self._build_mixed(common, split, positions)
 
     def _build_mixed(self, common: CommonAttentionMetadata, split: RowSplit, positions: Tensor) -> SparseCPUMetadata:
@@ -125,7 +124,14 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
             )
         dense_tokens = token_rows(common, split.dense)
         parent = super().build(0, take_rows(common, split.dense, dense_tokens))
-        return _extend(parent, positions=positions, dense_tokens=dense_tokens, sparse_tokens=sparse_tokens, step=step)
+        return extended(
+            SparseCPUMetadata,
+            parent,
+            positions=positions,
+            dense_tokens=dense_tokens,
+            sparse_tokens=sparse_tokens,
+            step=step,
+        )
 
     def _step(self, common: CommonAttentionMetadata, rows: Tensor) -> Step:
         table = PageTable(common.block_table_tensor[rows], common.seq_lens[rows])
@@ -134,25 +140,11 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         return step
 
 
-def _extend(parent: CPUAttentionMetadata, **sparse: object) -> SparseCPUMetadata:
-    inherited = {field.name: getattr(parent, field.name) for field in fields(parent)}
-    return SparseCPUMetadata(**inherited, **sparse)
-
-
-class SparseCPUImpl(CPUAttentionBackendImpl):
+class SparseCPUImpl(SparseImpl, CPUAttentionBackendImpl):
     """One layer: the parent for its rows, the policy for the others."""
 
-    _policy: Policy | None = None
-    _layer: SparseLayer | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        SparseCPUBackend.policy = policy_of(get_current_vllm_config())
-
-    def bind(self, policy: Policy, plan: LayerPlan, summary_shape: tuple[int, ...], meter: Meter | None) -> None:
-        """Take the layer's plan; `meter` is the one to report a finished step to, for the last layer only."""
-        self._policy, self._plan, self._summary_shape, self._meter = policy, plan, summary_shape, meter
-        self._layer = None
+    backend = SparseCPUBackend
+    views = staticmethod(cpu_views)
 
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -196,9 +188,3 @@ class SparseCPUImpl(CPUAttentionBackendImpl):
         if self._meter is not None:
             self._meter.count_tokens(step)
         return output
-
-    def _bound(self, kv_cache: Tensor) -> SparseLayer:
-        if self._layer is None or self._layer.kv.key.data_ptr() != kv_cache.data_ptr():
-            summary = summaries(kv_cache, self._summary_shape, self._policy.summary_dtype)
-            self._layer = SparseLayer(self._policy, self._plan, cpu_views(kv_cache), summary, self.scale)
-        return self._layer

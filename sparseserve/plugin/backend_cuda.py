@@ -6,12 +6,12 @@ builder runs before every replay, outside the graph: it writes the step's buffer
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -25,14 +25,14 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from sparseserve.cache import cuda_views, summaries
-from sparseserve.decode import SparseLayer, decode_layer
+from sparseserve.cache import cuda_views
+from sparseserve.decode import decode_layer
 from sparseserve.errors import UnsupportedError
 from sparseserve.plugin.cache import with_summaries
+from sparseserve.plugin.layers import SparseImpl, bind_layers, extended
 from sparseserve.plugin.metadata import decode_rows, real_rows, rows_from, split_rows
 from sparseserve.plugin.settings import (
     CUDA_HEAD_SIZES,
-    check_attention,
     cuda_problems,
     head_shape,
     model_shape,
@@ -41,7 +41,7 @@ from sparseserve.plugin.settings import (
 from sparseserve.plugin.stats import CudaMeter
 from sparseserve.policies import Policy
 from sparseserve.step import StepBuffers
-from sparseserve.types import LayerPlan, NewTokens, PageTable, Step, on_device
+from sparseserve.types import NewTokens, PageTable, Step, on_device
 
 
 class SparseCUDABackend(FlashAttentionBackend):
@@ -136,11 +136,7 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
         mine = [plans[extract_layer_index(name)] for name in layers]
         runner = "V2" if config.use_v2_model_runner else "V1"
         self._meter = CudaMeter(policy, mine, len(plans), self.device, runner)
-        self._meter.set_kv_bytes(self.kv_cache_spec, config.cache_config.num_gpu_blocks or 0, len(layers))
-        summary_shape = policy.summary_shape(heads, self.kv_cache_spec.block_size)
-        for (name, layer), plan in zip(layers.items(), mine, strict=True):
-            check_attention(name, layer.impl)
-            layer.impl.bind(policy, plan, summary_shape, self._meter if plan is mine[-1] else None)
+        bind_layers(config, self.kv_cache_spec, layers, mine, policy, heads, self._meter)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -156,7 +152,9 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
         step = self._step(common, rows) if any_long or rows == common.num_reqs else None
         if any_long:
             return self._metadata(common, step)
-        return _extend(super().build(common_prefix_len, common, fast_build), positions=common.positions)
+        return extended(
+            SparseCUDAMetadata, super().build(common_prefix_len, common, fast_build), positions=common.positions
+        )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
         common = common_attn_metadata
@@ -191,28 +189,14 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
         )
 
 
-def _extend(parent: FlashAttentionMetadata, **sparse: object) -> SparseCUDAMetadata:
-    inherited = {field.name: getattr(parent, field.name) for field in fields(parent)}
-    return SparseCUDAMetadata(**inherited, **sparse)
-
-
-class SparseCUDAImpl(FlashAttentionImpl):
+class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
     """One layer: the policy for the first rows, the parent for the others."""
 
     supports_dcp: bool = False
     can_return_lse_for_decode: bool = False
 
-    _policy: Policy | None = None
-    _layer: SparseLayer | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        SparseCUDABackend.policy = policy_of(get_current_vllm_config())
-
-    def bind(self, policy: Policy, plan: LayerPlan, summary_shape: tuple[int, ...], meter: CudaMeter | None) -> None:
-        """Take the layer's plan; `meter` is the one to report a finished step to, for the last layer only."""
-        self._policy, self._plan, self._summary_shape, self._meter = policy, plan, summary_shape, meter
-        self._layer = None
+    backend = SparseCUDABackend
+    views = staticmethod(cuda_views)
 
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -254,9 +238,3 @@ class SparseCUDAImpl(FlashAttentionImpl):
         if attn_metadata.rest is not None:
             super().forward(layer, query[rows:], key[rows:], value[rows:], kv_cache, attn_metadata.rest, output[rows:])
         return output
-
-    def _bound(self, kv_cache: Tensor) -> SparseLayer:
-        if self._layer is None or self._layer.kv.key.data_ptr() != kv_cache.data_ptr():
-            summary = summaries(kv_cache, self._summary_shape, self._policy.summary_dtype)
-            self._layer = SparseLayer(self._policy, self._plan, cuda_views(kv_cache), summary, self.scale)
-        return self._layer
