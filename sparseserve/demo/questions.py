@@ -42,12 +42,9 @@ def prose(tokens: int, start: int = 0) -> str:
 def ask(tokens: int, depth: float, seed: int, distractors: int = 3, value_length: int = 8) -> Question:
     """A question of `tokens` tokens whose needle starts at `depth` (0 to 1) of the document."""
     draw = random.Random(f"{tokens} {depth} {seed} {distractors}")
-    names: dict[str, str] = {}
-    while len(names) <= distractors:
-        names[_name(draw)] = "".join(draw.choices(_VALUE, k=value_length))
-    (name, value), *others = names.items()
-    needles = [f" The pass key of {n} is {v}. " for n, v in names.items()]
-    question = f"\nThe pass key of {name} is "
+    (name, value), *others = keys = pass_keys(draw, 1 + distractors, value_length)
+    needles = [statement(*key) for key in keys]
+    question = asking(name)
 
     room = tokens - 1 - len(question) - sum(map(len, needles))
     if room < 0:
@@ -60,6 +57,24 @@ def ask(tokens: int, depth: float, seed: int, distractors: int = 3, value_length
         document += text[start:end] + needle
     prompt = document + text[end:] + question
     return Question(prompt, value + ".", 1 + prompt.index(needles[0]) + needles[0].index(value))
+
+
+def pass_keys(draw: random.Random, count: int, value_length: int = 8) -> list[tuple[str, str]]:
+    """So many names, all different, each with a value of capitals and digits."""
+    keys: dict[str, str] = {}
+    while len(keys) < count:
+        keys[_name(draw)] = "".join(draw.choices(_VALUE, k=value_length))
+    return list(keys.items())
+
+
+def statement(name: str, value: str) -> str:
+    """The needle."""
+    return f" The pass key of {name} is {value}. "
+
+
+def asking(name: str) -> str:
+    """The question, which the value answers."""
+    return f"\nThe pass key of {name} is "
 
 
 def _name(draw: random.Random) -> str:
