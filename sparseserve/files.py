@@ -26,5 +26,5 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink()
-        remedy = "check the path, its permissions and the room on the disk"
-        raise FileError(Problem("file", path, "a file that can be written", remedy=f"{remedy} ({error.strerror})")) from None
+        remedy = f"check the path, its permissions and the room on the disk ({error.strerror})"
+        raise FileError(Problem("file", path, "a file that can be written", remedy=remedy)) from None
