@@ -42,6 +42,8 @@ class StepBuffers:
         self._attended_dense = torch.zeros(len(plans), rows, 1, dtype=torch.int32, device=device)
         self._attended = torch.zeros(len(plans), rows, selection_heads, dtype=torch.int32, device=device)
         self._whole = torch.zeros(rows, 1, 1, dtype=torch.int32, device=device)
+        # Layers with dense output keep everything and never write theirs.
+        self._recall = torch.ones(len(plans), rows, device=device) if policy.measure_recall else None
         on_gpu = device.type == "cuda"
         self._scratch = attend_scratch(rows, heads.query_heads, heads.head_dim, device) if on_gpu else None
 
@@ -66,6 +68,7 @@ class StepBuffers:
             attended=self._attended[:, :rows],
             whole=lengths,
             scratch=self._scratch,
+            recall=None if self._recall is None else self._recall[:, :rows],
         )
 
 

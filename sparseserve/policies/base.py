@@ -32,6 +32,9 @@ class Policy(BaseModel, ABC):
     scores_units: ClassVar[bool] = False  # whether a step needs room for the scores of all units
 
     min_tokens: Tokens = Field(1024, description="rows of at most this many tokens take vLLM's own attention")
+    measure_recall: bool = Field(
+        False, description="also attend to everything, to measure the softmax mass that each layer keeps; slow"
+    )
 
     @property
     def head_scope(self) -> Scope:

@@ -47,6 +47,7 @@ POLICIES: dict[str, Policy] = {
     "dense": Dense(min_tokens=200),
     "streaming": Streaming(sink_tokens=16, recent_tokens=112, min_tokens=200),
     "quest": Quest(**COMMON, dense_layers=1),
+    "quest-recall": Quest(**COMMON, dense_layers=1, measure_recall=True),
     "tidal": Tidal(**COMMON, select_layer=1, reselect_layer=1),
     "hip": Hip(**COMMON, **HIP),
     "s2": S2(local_blocks=2, stride=2, min_tokens=200),
@@ -207,6 +208,7 @@ def test_every_step_has_the_same_buffers(start: Callable[..., Worker], policy: P
         chosen = step.selection, step.everything
         buffers = [part for each in chosen for part in (each.spans, each.units, each.count)]
         buffers += [step.windows, step.scores, step.lse, step.attended, step.attended_dense, step.whole]
+        buffers += [] if step.recall is None else [step.recall]
         return [buffer.data_ptr() for buffer in buffers]
 
     assert addresses([1, 1, 1, 1]) == addresses([448, 3, 300, 150])
@@ -248,11 +250,13 @@ def test_pages_have_room_for_summaries_in_both_layouts(start: Callable[..., Work
 
 def test_tokens_are_counted_without_waiting(start: Callable[..., Worker], layout: str) -> None:
     query, key, value = data()
-    policy = POLICIES["quest"]
+    policy = POLICIES["quest-recall"]
     bed = Bed(policy, model_shape(), LENGTHS).fill(key, value)
     worker = start(policy, layout=layout)
     pages = page_table(bed)
     filled(worker, pages, key, value)
+    recall = stats.RECALL.labels("quest", 1)
+    kept, rows = recall._sum.get(), recall._count.get()
     select = stats.ATTENDED.labels("quest", "select"), stats.RESIDENT.labels("quest", "select")
     stats.snapshot()
     before = [counter._value.get() for counter in select]
@@ -261,8 +265,11 @@ def test_tokens_are_counted_without_waiting(start: Callable[..., Worker], layout
     stepped(worker, worker.builder.build(0, common), common.slot_mapping, *padded)
     assert [counter._value.get() for counter in select] == before
     stats.snapshot()
-    attended = sum(float(layer[: len(LONG)].double().mean(1).sum()) for layer in bed.decode(query).attended[1:])
+    expected = bed.decode(query)
+    attended = sum(float(layer[: len(LONG)].double().mean(1).sum()) for layer in expected.attended[1:])
     assert [counter._value.get() for counter in select] == [before[0] + attended, before[1] + 2 * sum(LONG)]
+    assert recall._count.get() - rows == len(LONG)
+    assert recall._sum.get() - kept == pytest.approx(float(expected.recall[1, : len(LONG)].sum()))
 
 
 def cuda_config(**changes: Any) -> Any:
