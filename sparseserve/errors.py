@@ -7,7 +7,8 @@ SparseServeError
 ├── KernelsNotBuiltError  the compiled kernels are missing
 ├── ArtifactError         an artifact cannot be read or does not fit the model
 ├── FileError             a file cannot be written
-└── CalibrationError      a model cannot be calibrated, or its numbers make no sense
+├── CalibrationError      a model cannot be calibrated, or its numbers make no sense
+└── TuningError           what was measured does not tell which policy to serve
 """
 
 from __future__ import annotations
@@ -104,6 +105,10 @@ class FileError(SparseServeError):
 
 class CalibrationError(SparseServeError):
     """A model cannot be calibrated, or its numbers make no sense."""
+
+
+class TuningError(SparseServeError):
+    """What was measured does not tell which policy to serve."""
 
 
 def policy_errors(error: ValidationError, model: type[BaseModel], where: Callable[[str], str]) -> PolicyErrors:
