@@ -72,22 +72,37 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> Subj
 
 
 @torch.no_grad()
-def decode(subject: Subject, ids: Sequence[int], most: int, hook: Hook | None = None) -> list[int]:
-    """The greedy continuation of `ids`, at most `most` tokens, without the end token.
+def prefill(subject: Subject, ids: Sequence[int], rows: int = 1) -> Any:
+    """The model's cache of `ids` without the last `rows`; dense, as served. More than `rows` tokens."""
+    return subject.model(subject.tensor(ids[:-rows]), use_cache=True, logits_to_keep=1).past_key_values
 
-    `hook` sees the decode steps, the first of which reads the last token of `ids`; what is before is prefilled densely.
+
+@torch.no_grad()
+def decode(
+    subject: Subject,
+    ids: Sequence[int],
+    most: int,
+    hook: Hook | None = None,
+    cache: Any | None = None,
+    rows: int = 1,
+    until: str = "",
+) -> list[int]:
+    """The greedy continuation of `ids`, at most `most` tokens, without the end token; ends where its text has `until`.
+
+    `hook` sees the last `rows` tokens of `ids` in one pass, then the decode steps; what is before is prefilled densely,
+    or in `cache`, which grows.
     """
-    ends, cache, answer = _end_tokens(subject), None, list[int]()
-    if len(ids) > 1:
-        cache = subject.model(subject.tensor(ids[:-1]), use_cache=True, logits_to_keep=1).past_key_values
-    newest = ids[-1]
+    ends, answer = _end_tokens(subject), list[int]()
+    if cache is None and len(ids) > rows:
+        cache = prefill(subject, ids, rows)
+    newest = list(ids[-rows:])
     with hooked(hook) if hook else nullcontext():
-        while len(answer) < most:
-            out = subject.model(subject.tensor([newest]), past_key_values=cache, use_cache=True)
-            cache, newest = out.past_key_values, int(out.logits[0, -1].argmax())
-            if newest in ends:
+        while len(answer) < most and not (until and until in subject.tokenizer.decode(answer)):
+            out = subject.model(subject.tensor(newest), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, newest = out.past_key_values, [int(out.logits[0, -1].argmax())]
+            if newest[0] in ends:
                 break
-            answer.append(newest)
+            answer += newest
     return answer
 
 
