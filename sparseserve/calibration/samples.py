@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from sparseserve.calibration.subject import Subject
+from sparseserve.calibration.attention import Hook
+from sparseserve.calibration.subject import Subject, decode
 from sparseserve.demo.questions import asking, pass_keys, prose, statement
 from sparseserve.errors import CalibrationError, Problem
 
 MARK = "sparseserve-content"  # stands for the message when a chat template is taken apart
 LIBRARY_CHARACTERS = 1 << 20
+PREAMBLE_TOKENS = 32  # that a model may say before it comes to the value
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,30 @@ def needle(
     return Needle([*ids, *hay[end:], *question, *after], range(start + found.start, start + found.stop), value)
 
 
+def answer(subject: Subject, question: Needle, hook: Hook | None = None, rows: int = 1) -> tuple[list[int], bool]:
+    """The greedy answer, up to the value, and whether it holds the value; `hook` and `rows` as `decode` has them."""
+    most = 2 * len(question.value) + PREAMBLE_TOKENS
+    tokens = decode(subject, question.ids, most, hook, rows=rows, until=question.answer)
+    return tokens, question.answer in subject.tokenizer.decode(tokens)
+
+
 def document(subject: Subject, tokens: int, seed: int, file: Path | None = None) -> list[int]:
     """`tokens` tokens that begin as every prompt of the tokenizer does and go on with seeded text."""
     begin = subject.tokenizer("").input_ids
     return [*begin, *stretch(subject, tokens - len(begin), seed, file)]
+
+
+def repeats(subject: Subject, tokens: int, times: int, seed: int, file: Path | None = None) -> list[int]:
+    """Random tokens `times` times over, at most `tokens` in all, behind what begins every prompt of the tokenizer.
+
+    They are drawn from those that the text has, without repetition while there are enough: tokens that no text has
+    (special ones, bytes of other encodings) are ones that a model may never have seen.
+    """
+    begin, draw = subject.tokenizer("").input_ids, random.Random(seed)
+    known = sorted({*_library(subject.tokenizer, file)} - {*subject.tokenizer.all_special_ids})
+    size = (tokens - len(begin)) // times
+    block = draw.sample(known, size) if size <= len(known) else draw.choices(known, k=size)
+    return [*begin, *block * times]
 
 
 def stretch(subject: Subject, tokens: int, seed: int, file: Path | None = None) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sparseserve.calibration.attention import Attention, hooked
-from sparseserve.calibration.samples import document, needle
+from sparseserve.calibration.samples import answer, document, needle, repeats
 from sparseserve.calibration.subject import Subject, decode, load
 from sparseserve.errors import CalibrationError, UnsupportedError
 
@@ -108,3 +109,22 @@ def test_what_is_no_model_is_refused(content: dict[str, str], said: str, tmp_pat
         (tmp_path / name).write_text(text)
     with pytest.raises(CalibrationError, match=said):
         load(str(tmp_path))
+
+
+def test_an_answer_ends_with_its_value(trained: Subject) -> None:
+    question = needle(trained, 1024, 0.4, seed=1)
+    widths: list[int] = []
+    tokens, right = answer(trained, question, lambda attention: widths.append(attention.query.shape[1]), rows=5)
+    assert right and trained.tokenizer.decode(tokens).endswith(question.answer)
+    assert widths == [5] * 4 + [1] * 4 * (len(tokens) - 1)  # 4 layers
+    wrong = replace(question, answer="not this")
+    assert not answer(trained, wrong)[1]
+
+
+def test_repeats_are_random_tokens_of_the_text(demo: Subject) -> None:
+    ids = repeats(demo, 2048, times=4, seed=0)
+    begin, blocks = ids[0], [ids[1 + 511 * i : 1 + 511 * (i + 1)] for i in range(4)]
+    assert begin == 256 and len(ids) == 2045 and all(block == blocks[0] for block in blocks)
+    assert {*blocks[0]} < {*range(128)} and len({*blocks[0]}) > 80
+    assert len({*repeats(demo, 200, times=4, seed=0)[1:50]}) == 49
+    assert ids != repeats(demo, 2048, times=4, seed=1)
