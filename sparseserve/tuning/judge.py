@@ -10,6 +10,7 @@ from typing import Literal
 from scipy.stats import binomtest
 
 from sparseserve.errors import Problem, TuningError
+from sparseserve.evaluation.request import Setting
 from sparseserve.evaluation.results import AtLength, Cell, SettingResult
 
 Objective = Literal["latency", "memory"]
@@ -37,6 +38,7 @@ class Loss:
 class Judged:
     """A measured setting beside the baseline."""
 
+    setting: Setting
     result: SettingResult
     loss: Loss
     ms_per_token: float | None  # at the longest length

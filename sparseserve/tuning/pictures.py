@@ -10,11 +10,12 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sparseserve.artifacts import Artifact, head_map
+from sparseserve.artifacts import Artifact
+from sparseserve.artifacts.drawing import draw_heads
 from sparseserve.evaluation.results import SettingResult
 from sparseserve.tuning.judge import Judged, pareto
 
-STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "sparseserve", "font.size": 9, "axes.spines.top": False}
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "sparseserve"}
 GRID: Any = {"color": "#dddddd", "linewidth": 0.6}
 FRONT, OTHER, BASELINE = "#1f5fa8", "#9aa5b1", "#c0392b"
 
@@ -80,17 +81,7 @@ def recall_by_layer(judged: Sequence[Judged]) -> str | None:
 
 def layer_head_map(artifact: Artifact, length: int) -> str | None:
     """What an artifact says about every head; None for gates, which decide anew at every step."""
-    if artifact.kind == "seer":
-        return None
-    values, meaning = head_map(artifact, length)
-    layers, heads = values.shape
-    figure = Figure(figsize=(2.8 + 0.16 * heads, 1.3 + 0.16 * layers), layout="constrained")
-    axes = figure.add_subplot(xlabel="head", ylabel="layer")
-    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", vmin=0)
-    for labels in (axes.xaxis, axes.yaxis):
-        labels.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, label=meaning)
-    return _svg(figure)
+    return None if artifact.kind == "seer" else _svg(draw_heads(artifact, length))
 
 
 def _joined(points: Sequence[tuple[float, float, str]], near: float) -> list[tuple[float, float, str]]:

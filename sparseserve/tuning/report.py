@@ -24,16 +24,12 @@ class Tuning:
     max_loss: float
     command: str  # tunes again
     baseline: Judged  # vLLM's own attention, first
-    again: Judged  # the same, last: what two measurements of one thing differ by
+    again: Judged  # the same, last
+    noise: float  # by how much their times differ, as a share
     judged: list[Judged]
     untried: dict[str, str]  # setting -> why it was not measured
     verdict: Verdict
-    measured: Results  # all settings, in the order of their measurement
-
-    @property
-    def noise(self) -> float:
-        """By how much the two measurements of the baseline's time differ, as a share."""
-        return abs((self.again.speedup or 1.0) - 1)
+    measured: Results  # for its date, versions and seed
 
 
 def write_report(tuning: Tuning, path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Lab
+from made_up import Lab
 
 from sparseserve.errors import TuningError
+from sparseserve.evaluation.request import Setting
 from sparseserve.tuning.judge import Judged, choose, loss, pareto
 
 RIGHT, HALF, WRONG = (1.0, 1.0), (1.0, 0.0), (0.0, 0.0)
@@ -67,7 +68,7 @@ def test_memory_takes_what_stores_least_then_reads_least(lab: Lab) -> None:
 def test_an_unmeasured_speed_is_not_recommended(lab: Lab) -> None:
     dense = lab.setting("dense", {"single": RIGHT}, ms=20, density=1.0)
     result = lab.setting("quest", {"single": RIGHT})
-    untimed = Judged(result, loss(result, dense), None, None, 0.1, 100.0, None)
+    untimed = Judged(Setting(policy="quest"), result, loss(result, dense), None, None, 0.1, 100.0, None)
     assert choose([untimed], lab.judged(dense, dense), "latency", 0.01, noise=0.0).chosen is None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Lab
+from made_up import Lab
 
 from sparseserve.artifacts import Artifact, save
 from sparseserve.tuning.judge import Verdict, choose
@@ -36,6 +36,7 @@ def tuning(lab: Lab, tmp_path: Path) -> Tuning:
         command="sparseserve tune some/model",
         baseline=baseline,
         again=lab.judged(lab.setting("dense", {"single": RIGHT}, ms=21, density=1.0, min_tokens=9000), dense),
+        noise=0.048,
         judged=judged,
         untried={"hip": "the budget is too small"},
         verdict=choose(judged, baseline, "latency", 0.01, noise=0.05),
