@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -51,19 +52,24 @@ def ask(tokens: int, depth: float, seed: int, distractors: int = 3, value_length
         raise ValueError(f"{tokens} tokens leave no room for {len(needles)} needles and the question")
     text = prose(room, draw.randrange(len(_library_text())))
     places = [depth, *(draw.random() for _ in others)]
-    document, end = "", 0
-    for place, needle in sorted(zip(places, needles, strict=True)):
-        start, end = end, round(place * room)
-        document += text[start:end] + needle
-    prompt = document + text[end:] + question
+    prompt = scatter(text, zip(places, needles, strict=True)) + question
     return Question(prompt, value + ".", 1 + prompt.index(needles[0]) + needles[0].index(value))
+
+
+def scatter(text: str, pieces: Iterable[tuple[float, str]]) -> str:
+    """The text with pieces put in, each where that part of it (0 to 1) ends."""
+    document, end = "", 0
+    for place, piece in sorted(pieces):
+        start, end = end, round(place * len(text))
+        document += text[start:end] + piece
+    return document + text[end:]
 
 
 def pass_keys(draw: random.Random, count: int, value_length: int = 8) -> list[tuple[str, str]]:
     """So many names, all different, each with a value of capitals and digits."""
     keys: dict[str, str] = {}
     while len(keys) < count:
-        keys[_name(draw)] = "".join(draw.choices(_VALUE, k=value_length))
+        keys[invented_name(draw)] = "".join(draw.choices(_VALUE, k=value_length))
     return list(keys.items())
 
 
@@ -77,6 +83,7 @@ def asking(name: str) -> str:
     return f"\nThe pass key of {name} is "
 
 
-def _name(draw: random.Random) -> str:
+def invented_name(draw: random.Random) -> str:
+    """Five to eight letters that can be spoken, the first a capital."""
     letters = [draw.choice("aeiou" if i % 2 else "bcdfghjklmnprstvz") for i in range(draw.randint(5, 8))]
     return "".join(letters).capitalize()

@@ -29,10 +29,10 @@ class AtLength(_Record):
     """What one setting reads, keeps and costs at one context length."""
 
     length: int  # tokens
-    density: float | None  # KV tokens attended / resident over the decode steps of the tasks, mean over query heads
-    ms_per_token: float | None  # median time between the tokens of an answer
-    timed_tokens: int  # that median is over
-    recall: list[float] | None  # [L], softmax mass that a layer's heads keep; None where no step was under the policy
+    density: float | None  # KV tokens attended / resident in decode steps, mean over query heads; None as below
+    ms_per_token: float | None  # median over answers of the mean time from token to token, one request at a time
+    timed_tokens: int  # so many times from token to token are in it
+    recall: list[float] | None  # [L], softmax mass that a layer's heads keep; None where the policy had no step
     bits_per_byte: float | None  # of the user's text through decoding; None without a text
     scored_bytes: int  # of that text
     command: str  # measures these numbers again
@@ -52,7 +52,7 @@ class Results(_Record):
     """RESULTS.json."""
 
     model: str
-    config_sha256: str  # of the model's config.json
+    config_sha256: str | None  # of the model's config.json; None for one that is not on this machine
     command: str  # runs everything again
     seed: int
     date: str  # UTC, ISO 8601

@@ -47,6 +47,8 @@ DECODE_ROWS = Counter(
 DENSE_ROWS = Counter(
     "sparseserve_dense_rows", "Rows that took vLLM's own attention, by reason.", ["policy", "reason"], registry=WORKER
 )
+
+
 class Sums(Summary):
     """A summary that takes many observations at once, which prometheus-client's own does not."""
 
