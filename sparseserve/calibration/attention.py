@@ -50,9 +50,14 @@ class Attention:
 
     def logits(self, first: int, last: int) -> Tensor:
         """scale q.k [Hq, last - first, last] fp32 of the queries at positions first to last - 1, -inf after each."""
-        query = self._grouped(self.query[:, first - self.start : last - self.start].float())
+        return self.logits_at(torch.arange(first, last, device=self.key.device))
+
+    def logits_at(self, rows: Tensor) -> Tensor:
+        """The same [Hq, R, last + 1] of the queries at the ascending positions `rows` [R], the last of which is last."""
+        last = int(rows[-1]) + 1
+        query = self._grouped(self.query[:, rows - self.start].float())
         scores: Tensor = (query * self.scale) @ self.key[:, None, :last].float().mT
-        future = torch.arange(last, device=scores.device) > torch.arange(first, last, device=scores.device)[:, None]
+        future = torch.arange(last, device=scores.device) > rows[:, None]
         return scores.masked_fill_(future, -torch.inf).flatten(0, 1)
 
     def weights(self, first: int, last: int) -> Tensor:
