@@ -49,17 +49,17 @@ def evaluate(
         raise ConfigError("MODEL", model, "the model, before any option", remedy="write sparseserve eval MODEL ...")
     request = Request(
         model=model,
-        settings=settings(policies, _numbers("--budgets", budgets, int)),
-        lengths=_numbers("--lengths", lengths, int),
+        settings=settings(policies, numbers("--budgets", budgets, int)),
+        lengths=numbers("--lengths", lengths, int),
         tasks=tuple(tasks.split(",")) if tasks else tuple(TASKS),
-        depths=_numbers("--depths", depths, float),
+        depths=numbers("--depths", depths, float),
         samples=samples,
         text=None if text is None else str(text),
         recall=recall,
         seed=seed,
         vllm=tuple(ctx.args),
     )
-    with _progress() as progress:
+    with progress_bar() as progress:
         results = evaluate(request, output, progress)
     write_atomically(output, results.model_dump_json(indent=1).encode() + b"\n")
     partial_file(output).unlink()
@@ -104,7 +104,7 @@ def _costs(at: AtLength) -> list[str]:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
+def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
     """A bar on stderr."""
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -112,7 +112,8 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, piece: bar.update(task, completed=done, total=total, description=piece)
 
 
-def _numbers(flag: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
+def numbers(flag: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
+    """The numbers of a flag such as --lengths 2048,8192; ConfigError for anything else."""
     try:
         return tuple(kind(part) for part in text.split(",")) if text else ()
     except ValueError:

@@ -80,12 +80,11 @@ def partial_file(output: Path) -> Path:
 
 
 def _asked(request: Request) -> dict[str, Any]:
-    """What findings depend on: only those of the same may be put together."""
+    """What findings depend on beside their setting: only those of the same may be put together."""
     text, config = request.read_text(), Path(request.model) / "config.json"
     return {
         "sparseserve": version("sparseserve"),
-        **request.model_dump(mode="json", exclude={"settings"}),
-        "policies": ",".join(map(str, request.settings)),
+        **request.model_dump(mode="json", exclude={"settings", "recall"}),
         "text_sha256": text and hashlib.sha256(text.encode()).hexdigest(),
         "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
     }
