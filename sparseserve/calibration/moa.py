@@ -1,0 +1,140 @@
+"""A MoA plan for a model: profile, search, validation (arXiv 2406.14909)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from sparseserve.artifacts import Artifact, save
+from sparseserve.artifacts.moa import RUNTIME
+from sparseserve.calibration.chunks import Chunks
+from sparseserve.calibration.moa_answers import TEXT_TOKENS, Draw
+from sparseserve.calibration.moa_profile import profile
+from sparseserve.calibration.moa_search import Search
+from sparseserve.calibration.moa_validation import Windows, validate
+from sparseserve.calibration.moa_windows import MINIMUM, candidates, density, window
+from sparseserve.calibration.subject import Subject
+from sparseserve.errors import CalibrationError, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What to search for, and where to try it."""
+
+    lengths: list[int]  # of the profile, tokens
+    validate_length: int  # tokens
+    density: list[float]  # at the lengths, one or one each; the last one holds at the validation's too
+
+    @property
+    def bounded(self) -> dict[int, float]:
+        """The bound on the density at each length."""
+        each = self.density * len(self.lengths) if len(self.density) == 1 else self.density
+        return dict(zip(self.lengths, each, strict=True)) | {self.validate_length: each[-1]}
+
+    def check(self, subject: Subject) -> None:
+        """CalibrationError for lengths and densities that cannot be."""
+        for key, length in [*(("--lengths", n) for n in self.lengths), ("--validate-length", self.validate_length)]:
+            subject.check_length(key, length + TEXT_TOKENS)
+            if length <= MINIMUM:
+                raise CalibrationError(Problem(key, length, f"more than {MINIMUM} tokens, which every head reads"))
+        if self.validate_length in self.lengths:
+            allowed = "a length that is not profiled"
+            raise CalibrationError(Problem("--validate-length", self.validate_length, allowed))
+        if len(self.density) not in (1, len(self.lengths)) or not all(0 < bound <= 1 for bound in self.density):
+            allowed = f"one share of the tokens above 0 and up to 1, or one for each of {len(self.lengths)} lengths"
+            raise CalibrationError(Problem("--density", self.density, allowed))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One line alpha + beta N for each KV head."""
+
+    alpha: Tensor  # [L, H] fp64 tokens
+    beta: Tensor  # [L, H] fp64
+
+    def windows(self, device: torch.device) -> Windows:
+        """Its layers', as served."""
+        lines = zip(self.alpha.to(device), self.beta.to(device), strict=True)
+        return [window(alpha, beta) for alpha, beta in lines]
+
+    def density(self, length: int) -> float:
+        """Mean share of `length` tokens that a KV head reads, and so does each of its query heads."""
+        return float(density(window(self.alpha.flatten(), self.beta.flatten()), length).mean())
+
+    def artifact(self, subject: Subject) -> Artifact:
+        """The plan as the policy loads it: alpha and beta of every query head."""
+        heads = subject.shape.heads
+        lines = {"alpha": self.alpha, "beta": self.beta}
+        tensors = {name: line.repeat_interleave(heads.group, 1) for name, line in lines.items()}
+        layers, count = tensors["alpha"].shape
+        source = f"MoA plan, {layers} layers x {count} query heads, calibrated"
+        return Artifact("moa", tensors, dict(RUNTIME), layers, count, source).resolve(subject.shape)
+
+
+def calibrate(subject: Subject, goal: Goal, draw: Draw, output: Path, console: Console | None = None) -> dict[str, Any]:
+    """Write the plan that validates best to `output`, the others beside it; everything measured, JSON-able.
+
+    CalibrationError when the density cannot be reached, for lengths that the model does not take and for NaN.
+    """
+    goal.check(subject)
+    alpha, beta = candidates(list(goal.bounded))
+    windows = window(alpha, beta)
+    densities = torch.stack([density(windows, length) for length in goal.bounded])
+    shape = subject.shape.layers, subject.shape.heads.kv_heads, len(alpha)
+    bounds = list(goal.bounded.values()), list(goal.bounded)
+    Search(torch.zeros(1, *shape), densities, *bounds).check()  # before the long part
+
+    about: dict[str, Any] = {"model": subject.shape.name, "config": subject.shape.config_sha256}
+    about |= {"dtype": str(subject.model.dtype), "draw": asdict(draw) | {"text": str(draw.text)}}
+    about |= {"lengths": list(goal.bounded)}
+    chunks = Chunks(output, about, console)
+    on_device = window(alpha.to(subject.device), beta.to(subject.device))
+    losses, dense_losses = profile(subject, draw, goal.lengths, on_device, chunks)
+    search = Search(losses, densities, *bounds)
+    choices, gap = search.pareto()
+    plans = [Plan(alpha[choice], beta[choice]) for choice in choices]
+    uniform = _uniform(plans, goal.validate_length)
+
+    about["plans"] = [[plan.alpha.tolist(), plan.beta.tolist()] for plan in plans]
+    tried = [*(plan.windows(subject.device) for plan in (*plans, uniform)), None]
+    chunks = Chunks(output, about, console)
+    *outcomes, of_uniform, of_dense = validate(subject, draw, goal.validate_length, tried, chunks)
+    order = sorted(range(len(plans)), key=lambda index: outcomes[index]["loss"])
+    files = [output, *(output.with_stem(f"{output.stem}-{place}") for place in range(2, len(plans) + 1))]
+    for index, file in zip(order, files, strict=True):
+        save(plans[index].artifact(subject), file)
+    chunks.clear()
+    lengths = list(goal.bounded)
+    return {
+        "candidates": len(alpha),
+        "largest_gap": gap,
+        "profiled_loss": dict(zip(goal.lengths, dense_losses, strict=True)),
+        "plans": [
+            {
+                "file": file.name,
+                "masked_influence": dict(zip(goal.lengths, search.loss(choices[index]).tolist(), strict=True)),
+                "density": _densities(plans[index], lengths),
+                "validation": outcomes[index],
+            }
+            for index, file in zip(order, files, strict=True)
+        ],
+        "uniform": {"density": _densities(uniform, lengths), "validation": of_uniform},
+        "dense": {"validation": of_dense},
+    }
+
+
+def _densities(plan: Plan, lengths: Sequence[int]) -> dict[int, dict[str, float]]:
+    """Shares of the tokens that are read; a KV head's query heads have its window, so both are the same."""
+    return {length: dict.fromkeys(("per_query_head", "per_kv_head"), plan.density(length)) for length in lengths}
+
+
+def _uniform(plans: Sequence[Plan], length: int) -> Plan:
+    """The window of no fewer tokens than any of the plans reads at this length, the same for all heads."""
+    share = max(plan.density(length) for plan in plans)
+    return Plan(torch.zeros_like(plans[0].alpha), torch.full_like(plans[0].beta, share))

@@ -1,0 +1,115 @@
+"""The windows of all KV heads that lose the least within a density: MoA's integer program, solved by HiGHS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array, eye_array, hstack, kron
+from torch import Tensor
+
+from sparseserve.errors import CalibrationError, Problem
+
+CONFIGURATIONS = 2  # different windows in a layer, at most
+POINTS = 5  # of the sweep between the plans that are best at one length
+SECONDS = 60.0  # for one program
+GAP = 1e-3  # of a solution's loss to the proven bound, relative
+INFEASIBLE = 2  # a status of milp
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """One window for every KV head: of C candidates, at most two different ones in a layer."""
+
+    losses: Tensor  # [K, L, H, C] fp64, of a head's candidate at each of K lengths
+    densities: Tensor  # [M, C] fp64, share of tokens read at each of M lengths
+    bounds: Sequence[float]  # M, on the mean over all heads
+    lengths: Sequence[int]  # M
+
+    def check(self) -> None:
+        """CalibrationError if even the smallest windows read more than allowed."""
+        for least, bound, length in zip(self.densities.amin(-1).tolist(), self.bounds, self.lengths, strict=True):
+            if least > bound:
+                allowed = f"at least {least:.3f} at {length} tokens, the smallest window of every head"
+                raise CalibrationError(Problem("--density", bound, allowed, remedy="raise it or take longer lengths"))
+
+    def loss(self, choice: Tensor) -> Tensor:
+        """The loss [K] fp64 at each length of a candidate for every head [L, H]."""
+        return self.losses.gather(-1, choice.expand(len(self.losses), -1, -1)[..., None]).sum((1, 2, 3))
+
+    def pareto(self) -> tuple[list[Tensor], float]:
+        """The candidate of every head [L, H] int64, of plans none of which loses more everywhere than another; the gap.
+
+        The best plan of each length, and epsilon constraints between: the least loss at the last length while those at
+        the others stay below levels from their best to their worst.
+        """
+        self.check()
+        scale = self.losses.amax(-1).sum((1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
+        program = _Program(self.losses / scale[:, None, None, None], self.densities, self.bounds)
+        last = len(self.losses) - 1
+        best = [plan for length in range(last + 1) if (plan := program.solve(length)) is not None]
+        losses = np.array(best) @ program.losses.T  # [K, K]
+        levels: Array = np.linspace(losses.min(0), losses.max(0), POINTS)[: -1 if last else 0, :last]
+        between = [plan for level in levels if (plan := program.solve(last, level)) is not None]
+        plans = np.unique([*best, *between], axis=0)
+        kept = _undominated(plans, plans @ program.losses.T)
+        return [torch.from_numpy(plan.reshape(program.shape).argmax(-1)) for plan in kept], program.gap
+
+
+class _Program:
+    """Binary x [L, H, C], the choice, and y [L, C], what a layer may choose; all constraints as sparse matrices."""
+
+    def __init__(self, losses: Tensor, densities: Tensor, bounds: Sequence[float]) -> None:
+        self.gap = 0.0  # the largest of all solutions so far, relative
+        self.shape = layers, heads, choices = losses.shape[1:]
+        self.losses: Array = losses.flatten(1).numpy()  # [K, L * H * C]
+        self.x, self.y = layers * heads * choices, layers * choices  # variables
+        one_of_a_head = kron(eye_array(layers * heads), np.ones((1, choices)))
+        offers_of_a_layer = kron(eye_array(layers), np.ones((1, choices)))
+        offer = kron(eye_array(layers), kron(np.ones((heads, 1)), eye_array(choices)))
+        read = np.tile(densities.numpy() / (layers * heads), (1, layers * heads))
+        self.constraints = [
+            LinearConstraint(self._matrix(one_of_a_head), 1, 1),
+            LinearConstraint(self._matrix(eye_array(self.x), -offer), -np.inf, 0),
+            LinearConstraint(self._matrix(None, offers_of_a_layer), -np.inf, CONFIGURATIONS),
+            LinearConstraint(self._matrix(read), -np.inf, np.array(bounds)),
+        ]
+
+    def solve(self, objective: int, levels: Array | None = None) -> Array | None:
+        """The least loss at one length, those at the first ones at most `levels`; x, or None where there is none.
+
+        CalibrationError when the time is up before a plan is found.
+        """
+        constraints = list(self.constraints)
+        if levels is not None:
+            constraints.append(LinearConstraint(self._matrix(self.losses[: len(levels)]), -np.inf, levels))
+        cost = np.concatenate([self.losses[objective], np.zeros(self.y)])
+        options = {"time_limit": SECONDS, "mip_rel_gap": GAP}
+        binary = {"integrality": np.ones_like(cost), "bounds": Bounds(0, 1)}
+        found = milp(cost, constraints=constraints, options=options, **binary)
+        if found.x is None and found.status != INFEASIBLE:
+            remedy = "take fewer lengths or another density"
+            raise CalibrationError(Problem("search", found.message, f"a plan in {SECONDS:g} seconds", remedy=remedy))
+        if found.x is None:
+            return None
+        self.gap = max(self.gap, float(found.mip_gap))
+        plan: Array = np.round(found.x[: self.x])
+        return plan
+
+    def _matrix(self, x: Any = None, y: Any = None) -> Any:
+        rows = (y if x is None else x).shape[0]
+        parts = (csr_array((rows, width)) if part is None else part for part, width in ((x, self.x), (y, self.y)))
+        return hstack(list(parts), format="csr")
+
+
+def _undominated(plans: Array, losses: Array) -> list[Array]:
+    """The plans [n] none of which loses [n, K] less than another at one length and no more at all."""
+    better = (losses[:, None] <= losses).all(-1) & (losses[:, None] < losses).any(-1)  # [n, n], the first is
+    return list(plans[~better.any(0)])
