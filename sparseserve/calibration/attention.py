@@ -53,7 +53,7 @@ class Attention:
         return self.logits_at(torch.arange(first, last, device=self.key.device))
 
     def logits_at(self, rows: Tensor) -> Tensor:
-        """The same [Hq, R, last + 1] of the queries at the ascending positions `rows` [R], the last of which is last."""
+        """The same [Hq, R, last + 1] of the queries at positions `rows` [R], which ascend to last."""
         last = int(rows[-1]) + 1
         query = self._grouped(self.query[:, rows - self.start].float())
         scores: Tensor = (query * self.scale) @ self.key[:, None, :last].float().mT

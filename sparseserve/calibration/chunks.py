@@ -36,19 +36,35 @@ class Chunks:
         if not output.resolve().parent.is_dir():
             raise CalibrationError(Problem("-o", output, "a file in a folder that exists", remedy="make the folder"))
 
-    def run(self, label: str, names: Sequence[str], compute: Callable[[str], Tensors]) -> Iterator[Tensors]:
-        """`compute` of every name, in order, or what an earlier run left of it; shows a progress bar."""
+    def run(
+        self,
+        label: str,
+        names: Sequence[str],
+        compute: Callable[[str], Tensors],
+        note: Callable[[Tensors], str] | None = None,
+    ) -> Iterator[Tensors]:
+        """`compute` of every name, in order, or what an earlier run left of it; shows a progress bar.
+
+        `note` says in a few words what a chunk came to, beside the bar.
+        """
         self._folder.mkdir(exist_ok=True)
         with Progress(*COLUMNS, TimeRemainingColumn(), console=self._console, transient=True) as progress:
-            for name in progress.track(names, description=label):
-                yield self._once(f"{label}-{name}", partial(compute, name))
+            task = progress.add_task(label, total=len(names))
+            for name in names:
+                tensors = self._once(f"{label}-{name}", partial(compute, name))
+                progress.update(task, advance=1, description=f"{label}: {note(tensors)}" if note else label)
+                yield tensors
+
+    def load(self, label: str, name: str) -> Tensors:
+        """A chunk that `run` has finished."""
+        return load_file(self._path(f"{label}-{name}"))
 
     def clear(self) -> None:
         """Remove the chunks, once their output is written."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _once(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
-        path = self._folder / f"{name}-{self._digest}.safetensors".replace("/", "_").replace(" ", "_")
+        path = self._path(name)
         try:
             return load_file(path)
         except (FileNotFoundError, SafetensorError):
@@ -59,3 +75,6 @@ class Chunks:
                 raise CalibrationError(Problem(f"{key} of {name}", "NaN", "numbers", remedy=remedy))
         write_atomically(path, save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}))
         return tensors
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}-{self._digest}.safetensors".replace("/", "_").replace(" ", "_")

@@ -62,10 +62,12 @@ def answer(subject: Subject, question: Needle, hook: Hook | None = None, rows: i
     return tokens, question.answer in subject.tokenizer.decode(tokens)
 
 
-def document(subject: Subject, tokens: int, seed: int, file: Path | None = None) -> list[int]:
-    """`tokens` tokens that begin as every prompt of the tokenizer does and go on with seeded text."""
+def document(
+    subject: Subject, tokens: int, seed: int, file: Path | None = None, part: tuple[float, float] = (0, 1)
+) -> list[int]:
+    """`tokens` tokens that begin as every prompt of the tokenizer does and go on with seeded text, see `stretch`."""
     begin = subject.tokenizer("").input_ids
-    return [*begin, *stretch(subject, tokens - len(begin), seed, file)]
+    return [*begin, *stretch(subject, tokens - len(begin), seed, file, part)]
 
 
 def repeats(subject: Subject, tokens: int, times: int, seed: int, file: Path | None = None) -> list[int]:
@@ -81,9 +83,15 @@ def repeats(subject: Subject, tokens: int, times: int, seed: int, file: Path | N
     return [*begin, *block * times]
 
 
-def stretch(subject: Subject, tokens: int, seed: int, file: Path | None = None) -> list[int]:
-    """`tokens` consecutive tokens, from a seeded place on, of a file or of the text that ships with CPython; cyclic."""
+def stretch(
+    subject: Subject, tokens: int, seed: int, file: Path | None = None, part: tuple[float, float] = (0, 1)
+) -> list[int]:
+    """`tokens` consecutive tokens, from a seeded place on, of a file or of the text that ships with CPython; cyclic.
+
+    All of them lie in `part` of it, from which share to which: what is held out has another one.
+    """
     ids = _library(subject.tokenizer, file)
+    ids = ids[int(part[0] * len(ids)) : int(part[1] * len(ids))]
     start = random.Random(seed).randrange(len(ids))
     return [*ids[start : start + tokens], *(ids * -(-max(0, start + tokens - len(ids)) // len(ids)))][:tokens]
 
