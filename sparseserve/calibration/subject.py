@@ -35,6 +35,11 @@ class Subject:
         device: torch.device = self.model.device
         return device
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What results depend on, as far as they depend on the model; JSON-able."""
+        return {"model": self.shape.name, "config": self.shape.config_sha256, "dtype": str(self.model.dtype)}
+
     def tensor(self, ids: Sequence[int]) -> Tensor:
         """Token ids as a batch of one sequence [1, T]."""
         return torch.tensor([ids], device=self.device)
