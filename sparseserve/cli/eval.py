@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
+from rich.table import Table
 
 from sparseserve.errors import ConfigError
 
@@ -68,39 +68,43 @@ def evaluate(
 
 def show(results: Results, console: Console) -> None:
     """Print a row for every setting and length, and below it the commands that measure the rows again."""
-    tasks = list(dict.fromkeys(cell.task for setting in results.settings for cell in setting.cells))
-    numbers = ["KV read", "recall", "ms/token", "bits/byte"]
-    columns: list[Column | str] = [Column("", justify="right"), "setting", "length", *tasks, *numbers]
-    table = Table(*columns, title=f"{results.model}: share right [95 % interval]", show_lines=True)
+    table = Table("", "setting", "tokens", "share right [95 % interval]", "in decode steps", title=results.model)
+    table.show_lines = True
     rows = [(setting, at) for setting in results.settings for at in setting.lengths]
     for number, (setting, at) in enumerate(rows, 1):
         name = "\n".join([setting.policy, *(f"{key}={value}" for key, value in setting.values.items())])
-        scores = (_score(setting, at.length, task, results.seed) for task in tasks)
-        table.add_row(str(number), name, str(at.length), *scores, *_costs(at))
+        table.add_row(str(number), name, str(at.length), _scores(setting, at.length, results.seed), _costs(at))
     console.print(table)
-    console.print("recall: mean and lowest layer; ms/token: of so many tokens. Cell by cell in the results file.")
+    console.print("Cell by cell, with commands, in the results file. The rows again:")
     for number, (_, at) in enumerate(rows, 1):
         console.print(f"{number}: {at.command}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _score(setting: SettingResult, length: int, task: str, seed: int) -> str:
-    """The mean over depths, with the interval of all answers."""
+def _scores(setting: SettingResult, length: int, seed: int) -> Table:
+    """A line for every task: the mean over depths, with the interval of all answers."""
     from sparseserve.evaluation.intervals import interval
     from sparseserve.evaluation.tasks import TASKS
 
-    cells = [cell for cell in setting.cells if (cell.task, cell.length) == (task, length)]
-    scores = [score for cell in cells for score in cell.scores]
-    low, high = interval(scores, TASKS[task].exact, seed)
-    return f"{mean(scores):.2f}\n\\[{low:.2f}, {high:.2f}]"
+    lines = Table.grid(padding=(0, 2))
+    for task in dict.fromkeys(cell.task for cell in setting.cells):
+        cells = [cell for cell in setting.cells if (cell.task, cell.length) == (task, length)]
+        scores = [score for cell in cells for score in cell.scores]
+        low, high = interval(scores, TASKS[task].exact, seed)
+        lines.add_row(task, f"{mean(scores):.2f}", f"\\[{low:.2f}, {high:.2f}]")
+    return lines
 
 
-def _costs(at: AtLength) -> list[str]:
-    return [
-        "-" if at.density is None else f"{at.density:.1%}",
-        "-" if at.recall is None else f"{mean(at.recall):.3f}\n{min(at.recall):.3f}",
-        "-" if at.ms_per_token is None else f"{at.ms_per_token:.1f}\nof {at.timed_tokens}",
-        "-" if at.bits_per_byte is None else f"{at.bits_per_byte:.3f}",
-    ]
+def _costs(at: AtLength) -> Table:
+    lines = Table.grid(padding=(0, 2))
+    if at.density is not None:
+        lines.add_row("KV read", f"{at.density:.1%}")
+    if at.recall is not None:
+        lines.add_row("recall", f"{mean(at.recall):.3f}, lowest layer {min(at.recall):.3f}")
+    if at.ms_per_token is not None:
+        lines.add_row("ms/token", f"{at.ms_per_token:.1f}, of {at.timed_tokens} tokens")
+    if at.bits_per_byte is not None:
+        lines.add_row("bits/byte", f"{at.bits_per_byte:.3f}, of {at.scored_bytes} bytes")
+    return lines
 
 
 @contextmanager

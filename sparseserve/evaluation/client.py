@@ -9,12 +9,12 @@ from typing import Any
 
 from openai import BadRequestError, OpenAI
 
-from sparseserve.errors import ConfigError, SparseServeError
+from sparseserve.errors import SparseServeError
+from sparseserve.evaluation.exact import fit
 from sparseserve.evaluation.tasks import Draft
 from sparseserve.server.process import Server
 
 TIMEOUT = 3600.0  # seconds without a byte; a long prompt takes its time on a CPU
-TRIES = 40  # prompts to count until one has the length asked for
 FORCED = "forced_tokens"  # what plugin/forcing.py reads
 
 
@@ -37,7 +37,7 @@ class Client:
         self._model = card.id
         self.max_tokens: int = card.max_model_len
         self._chats = self._has_chat_template()
-        self._size = 4.0  # characters of a token, learned
+        self._size = 4.0  # characters of a token, learned from every prompt
 
     def tokens(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text, with or without those that begin a prompt."""
@@ -46,20 +46,9 @@ class Client:
 
     def fit(self, draft: Draft, length: int) -> str:
         """The prompt of exactly `length` tokens, chat template included; ConfigError if it cannot be so short."""
-        fixed, tried = len(draft.prompt(0)), dict[int, int]()
-        characters = max(0, round(length * self._size) - fixed)
-        while len(tried) < TRIES:
-            prompt = draft.prompt(characters)
-            tried[characters] = count = self._count(prompt)
-            self._size = len(prompt) / count
-            if count == length:
-                return prompt
-            if characters == 0 and count > length:
-                allowed = f"at least {count} tokens, for what must be asked"
-                raise ConfigError("--lengths", length, allowed, remedy="give longer ones, or other tasks")
-            step = round((length - count) * self._size) or (1 if length > count else -1)
-            characters = _untried(characters, step, tried)
-        raise SparseServeError(f"no prompt of exactly {length} tokens was found in {TRIES} tries; give another length")
+        prompt = fit(draft, length, self._count, self._size)
+        self._size = len(prompt) / length
+        return prompt
 
     def ask(self, prompt: str, length: int, max_tokens: int) -> Answer:
         """Greedy answer to a prompt of `length` tokens."""
@@ -121,11 +110,3 @@ class Client:
 
 def _message(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
-
-
-def _untried(at: int, step: int, tried: dict[int, int]) -> int:
-    """The number of characters nearest to a step from `at`, in its direction, that was not tried."""
-    to, one = max(0, at + step), 1 if step > 0 else -1
-    while to in tried:
-        to = to + one if to + one >= 0 else max(tried) + 1
-    return to

@@ -24,13 +24,13 @@ PASSAGE_WORDS = 12
 class Draft:
     """A question whose document can have any size."""
 
-    document: Callable[[int], str]  # of so many characters beside what must be in it
+    document: Callable[[int, int], str]  # of so many characters beside what must be in it, and such a tail behind them
     question: str
     expected: tuple[str, ...]  # what a right answer holds
 
-    def prompt(self, characters: int) -> str:
-        """The whole prompt."""
-        return INSTRUCTION + self.document(characters) + "\n" + self.question.rstrip(" ")
+    def prompt(self, characters: int, tail: int = 0) -> str:
+        """The whole prompt; what is asked for has its place among `characters`."""
+        return INSTRUCTION + self.document(characters, tail) + "\n" + self.question.rstrip(" ")
 
     @property
     def answer_tokens(self) -> int:
@@ -96,9 +96,10 @@ def words(draw: Random, _: float) -> Draft:
     weights = [WORD_RATIO] * COMMON_WORDS + [1] * RARE_WORDS
     seed = draw.random()
 
-    def document(characters: int) -> str:
-        stream = Random(seed).choices(vocabulary, weights, k=1 + characters // 5)  # a word and its space: 6 or more
-        return " ".join(stream)[:characters]
+    def document(characters: int, tail: int) -> str:
+        size = characters + tail
+        stream = Random(seed).choices(vocabulary, weights, k=1 + size // 5)  # a word and its space: 6 or more
+        return " ".join(stream)[:size]
 
     question = f"Name the {COMMON_WORDS} most frequent words of the list.\nThe most frequent words are: "
     return Draft(document, question, tuple(vocabulary[:COMMON_WORDS]))
@@ -118,11 +119,11 @@ def facts(draw: Random, depth: float) -> Draft:
     (name, _), (town, _) = pass_keys(draw, 2)
     seed = draw.random()
 
-    def document(characters: int) -> str:
+    def document(characters: int, tail: int) -> str:
         others, text = Random(seed), ""
-        while len(text) < characters:
+        while len(text) < characters + tail:
             text += _fact(invented_name(others), invented_name(others))
-        return scatter(text[:characters], [(depth, "\n" + _fact(name, town))])
+        return scatter(text[:characters], [(depth, "\n" + _fact(name, town))]) + text[characters : characters + tail]
 
     return Draft(document, f"Where does {name} live?\nThe home of {name} is ", (town,))
 
@@ -150,10 +151,10 @@ def _ask_for_key(draw: Random, depth: float, distractors: int) -> Draft:
     return Draft(_text(draw, pieces), asking(name).lstrip(), (value,))
 
 
-def _text(draw: Random, pieces: Sequence[tuple[float, str]]) -> Callable[[int], str]:
+def _text(draw: Random, pieces: Sequence[tuple[float, str]]) -> Callable[[int, int], str]:
     """Real text from a drawn place on, with the pieces in it."""
     start = draw.randrange(1 << 30)
-    return lambda characters: scatter(prose(characters, start), pieces)
+    return lambda characters, tail: scatter(prose(characters, start), pieces) + prose(tail, start + characters)
 
 
 def _spread(draw: Random, pieces: Sequence[str]) -> list[tuple[float, str]]:
