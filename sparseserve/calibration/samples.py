@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 from pathlib import Path
 
 from sparseserve.calibration.attention import Hook
@@ -88,12 +89,23 @@ def stretch(
 ) -> list[int]:
     """`tokens` consecutive tokens, from a seeded place on, of a file or of the text that ships with CPython; cyclic.
 
-    All of them lie in `part` of it, from which share to which: what is held out has another one.
+    All of them lie in `part` of it, from which share to which: what is held out has another one, and must be there.
     """
     ids = _library(subject.tokenizer, file)
-    ids = ids[int(part[0] * len(ids)) : int(part[1] * len(ids))]
+    if part != (0, 1):
+        ids = _held_apart(ids, tokens, file, part)
     start = random.Random(seed).randrange(len(ids))
     return [*ids[start : start + tokens], *(ids * -(-max(0, start + tokens - len(ids)) // len(ids)))][:tokens]
+
+
+def _held_apart(ids: list[int], tokens: int, file: Path | None, part: tuple[float, float]) -> list[int]:
+    mine = ids[int(part[0] * len(ids)) : int(part[1] * len(ids))]
+    if len(mine) < tokens:
+        allowed = (
+            f"a text of at least {ceil(tokens / (part[1] - part[0]))} tokens (it has {len(ids)}): some is held out"
+        )
+        raise CalibrationError(Problem("--text", file, allowed, remedy="give a longer text or smaller --lengths"))
+    return mine
 
 
 @lru_cache(maxsize=2)

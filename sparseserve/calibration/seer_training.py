@@ -80,9 +80,6 @@ class Training:
         self._optimiser.param_groups[0]["lr"] = self._rate * _schedule(step, self._steps)
         self._optimiser.zero_grad()
         loss = self._loss(self._chunks.load("train", name)).sum()
-        if not loss.isfinite():
-            remedy = "give a smaller --learning-rate; on float16 try --dtype float32"
-            raise CalibrationError(Problem(f"loss of step {step}", float(loss), "a number", remedy=remedy))
         loss.backward()
         self._optimiser.step()
         return loss.detach()
@@ -92,7 +89,11 @@ class Training:
         shares = self.shares(chunk)
         target = chunk["target"].to(shares)
         target = target / target.sum(-1, keepdim=True)  # which half precision has rounded
-        return (xlogy(target, target) - target * shares.masked_fill(target == 0, 0)).sum(-1).mean((1, 2))
+        loss = (xlogy(target, target) - target * shares.masked_fill(target == 0, 0)).sum(-1).mean((1, 2))
+        if not loss.isfinite().all():
+            remedy = "give a smaller --learning-rate; on float16 try --dtype float32"
+            raise CalibrationError(Problem("loss", loss.tolist(), "finite in every layer", remedy=remedy))
+        return loss
 
     def _state(self) -> Tensors:
         """Copies of the gates and of their moments, by name."""
