@@ -51,13 +51,13 @@ def features(subject: Subject, ids: Sequence[int], rows: Tensor, block: int, unr
 
 def layer_features(attention: Attention, rows: Tensor, block: int, unrope: Tensor) -> LayerFeatures:
     """The features of one layer: `rows` [R] ascending positions, `unrope` [T, D] undoes the model's rotation."""
-    heads, keys = attention.key.shape[:2]
+    heads, keys, dim = attention.key.shape
     whole = keys // block
     rotated = attention.key[:, : whole * block].float()
-    plain = unrotate(rotated, unrope[: whole * block]).unflatten(1, (whole, block))
-    means = rotated.unflatten(1, (whole, block)).mean(2)  # [H, N, D]
+    plain = unrotate(rotated, unrope[: whole * block]).view(heads, whole, block, dim)
+    means = rotated.view(heads, whole, block, dim).mean(2)  # [H, N, D]
     query = attention.query[:, rows - attention.start].transpose(0, 1).float()  # [R, Hq, D]
-    grouped = query.unflatten(1, (heads, -1))
+    grouped = query.reshape(len(rows), heads, attention.group, dim)
     target, mass = (torch.cat(parts) for parts in zip(*_targets(attention, rows, block, whole), strict=True))
     return LayerFeatures(
         query=unrotate(query, unrope[rows][:, None]),
@@ -70,13 +70,13 @@ def layer_features(attention: Attention, rows: Tensor, block: int, unrope: Tenso
 
 def _targets(attention: Attention, rows: Tensor, block: int, blocks: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Target and mass [r, H, N] of a block row of the attention matrix at a time."""
-    for some in rows.split(ROWS):
+    for some in torch.split(rows, ROWS):
         logits = attention.logits_at(some)
         logs = logits - logits.logsumexp(-1, keepdim=True)
         room = blocks * block - logs.shape[-1]
-        split = pad(logs, (0, room), value=-torch.inf).unflatten(-1, (blocks, block))
+        split = pad(logs, (0, room), value=-torch.inf).view(-1, attention.group, len(some), blocks, block)
         later = torch.arange(blocks, device=some.device) >= (some // block)[:, None]
-        split = split.masked_fill(later[..., None], -torch.inf).unflatten(0, (-1, attention.group))
+        split = split.masked_fill(later[..., None], -torch.inf)  # [H, G, r, N, block]
         target = split.amax(-1).amax(1).softmax(-1)  # in logarithms, so that nothing underflows
         mass = split.exp().sum(-1).mean(1)
         yield target.transpose(0, 1), mass.transpose(0, 1)

@@ -30,7 +30,7 @@ class Gates(nn.Module):
         query [L, R, Hq, D] and pooled [L, H, N, 3D] before their rotation, `rows` [R] the queries' positions, `block`
         tokens per block, `rope` [T, E] cos then sin of the gate's rotation.
         """
-        grouped = query.unflatten(2, self.query.shape[1:3])
+        grouped = query.reshape(*query.shape[:2], *self.query.shape[1:4])
         projected = torch.einsum("lrhgd,lhgde->lrhe", grouped, self.query)
         keys = torch.einsum("lhnp,lhpe->lnhe", pooled, self.key)
         blocks = torch.arange(keys.shape[1], device=rows.device)
@@ -38,7 +38,8 @@ class Gates(nn.Module):
         keys = _finish(keys, self.key_norm, rope, blocks * block)
         logits = torch.einsum("lrhe,lnhe->lrhn", queries, keys) / self.key.shape[-1] ** 0.5
         later = blocks >= (rows // block)[:, None, None]
-        return logits.masked_fill(later, -torch.inf).log_softmax(-1)
+        shares: Tensor = logits.masked_fill(later, -torch.inf).log_softmax(-1)
+        return shares
 
 
 def _drawn(draw: torch.Generator, *shape: int) -> nn.Parameter:

@@ -80,7 +80,7 @@ class Training:
         self._optimiser.param_groups[0]["lr"] = self._rate * _schedule(step, self._steps)
         self._optimiser.zero_grad()
         loss = self._loss(self._chunks.load("train", name)).sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self._optimiser.step()
         return loss.detach()
 
@@ -89,7 +89,7 @@ class Training:
         shares = self.shares(chunk)
         target = chunk["target"].to(shares)
         target = target / target.sum(-1, keepdim=True)  # which half precision has rounded
-        loss = (xlogy(target, target) - target * shares.masked_fill(target == 0, 0)).sum(-1).mean((1, 2))
+        loss: Tensor = (xlogy(target, target) - target * shares.masked_fill(target == 0, 0)).sum(-1).mean((1, 2))
         if not loss.isfinite().all():
             remedy = "give a smaller --learning-rate; on float16 try --dtype float32"
             raise CalibrationError(Problem("loss", loss.tolist(), "finite in every layer", remedy=remedy))
