@@ -19,7 +19,6 @@ CONFIGURATIONS = 2  # different windows in a layer, at most
 POINTS = 5  # of the sweep between the plans that are best at one length
 SECONDS = 60.0  # for one program
 GAP = 1e-3  # of a solution's loss to the proven bound, relative
-INFEASIBLE = 2  # a status of milp
 
 Array = NDArray[np.float64]
 
@@ -48,18 +47,21 @@ class Search:
         """The candidate of every head [L, H] int64, of plans none of which loses more everywhere than another; the gap.
 
         The best plan of each length, and epsilon constraints between: the least loss at the last length while those at
-        the others stay below levels from their best to their worst.
+        the others stay below levels from their best to their worst. Of plans that lose the same, the one that reads the
+        most of what the bounds allow: it has the most left at lengths that nobody measured.
         """
         self.check()
         scale = self.losses.amax(-1).sum((1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
         program = _Program(self.losses / scale[:, None, None, None], self.densities, self.bounds)
-        last = len(self.losses) - 1
-        best = [plan for length in range(last + 1) if (plan := program.solve(length)) is not None]
+        best = [program.solve(losses) for losses in program.losses]
+        if any(plan is None for plan in best):
+            remedy = "take fewer lengths or another density"
+            raise CalibrationError(Problem("search", "no plan", f"one in {SECONDS:g} seconds", remedy=remedy))
         losses = np.array(best) @ program.losses.T  # [K, K]
-        levels: Array = np.linspace(losses.min(0), losses.max(0), POINTS)[: -1 if last else 0, :last]
-        between = [plan for level in levels if (plan := program.solve(last, level)) is not None]
-        plans = np.unique([*best, *between], axis=0)
-        kept = _undominated(plans, plans @ program.losses.T)
+        levels: Array = np.linspace(losses.min(0), losses.max(0), POINTS)[: -1 if len(best) > 1 else 0, :-1]
+        between = [program.solve(program.losses[-1], level) for level in levels]
+        plans = np.unique([plan for plan in (*best, *between) if plan is not None], axis=0)
+        kept = np.unique([program.fill(plan) for plan in _undominated(plans, plans @ program.losses.T)], axis=0)
         return [torch.from_numpy(plan.reshape(program.shape).argmax(-1)) for plan in kept], program.gap
 
 
@@ -74,34 +76,33 @@ class _Program:
         one_of_a_head = kron(eye_array(layers * heads), np.ones((1, choices)))
         offers_of_a_layer = kron(eye_array(layers), np.ones((1, choices)))
         offer = kron(eye_array(layers), kron(np.ones((heads, 1)), eye_array(choices)))
-        read = np.tile(densities.numpy() / (layers * heads), (1, layers * heads))
+        self.read: Array = np.tile(densities.numpy() / (layers * heads), (1, layers * heads))  # [M, L * H * C]
         self.constraints = [
             LinearConstraint(self._matrix(one_of_a_head), 1, 1),
             LinearConstraint(self._matrix(eye_array(self.x), -offer), -np.inf, 0),
             LinearConstraint(self._matrix(None, offers_of_a_layer), -np.inf, CONFIGURATIONS),
-            LinearConstraint(self._matrix(read), -np.inf, np.array(bounds)),
+            LinearConstraint(self._matrix(self.read), -np.inf, np.array(bounds)),
         ]
 
-    def solve(self, objective: int, levels: Array | None = None) -> Array | None:
-        """The least loss at one length, those at the first ones at most `levels`; x, or None where there is none.
-
-        CalibrationError when the time is up before a plan is found.
-        """
+    def solve(self, cost: Array, levels: Array | None = None) -> Array | None:
+        """The x of least cost, its losses at the first lengths at most `levels`; None where none is found."""
         constraints = list(self.constraints)
         if levels is not None:
             constraints.append(LinearConstraint(self._matrix(self.losses[: len(levels)]), -np.inf, levels))
-        cost = np.concatenate([self.losses[objective], np.zeros(self.y)])
+        costs = np.concatenate([cost, np.zeros(self.y)])
         options = {"time_limit": SECONDS, "mip_rel_gap": GAP}
-        binary = {"integrality": np.ones_like(cost), "bounds": Bounds(0, 1)}
-        found = milp(cost, constraints=constraints, options=options, **binary)
-        if found.x is None and found.status != INFEASIBLE:
-            remedy = "take fewer lengths or another density"
-            raise CalibrationError(Problem("search", found.message, f"a plan in {SECONDS:g} seconds", remedy=remedy))
+        binary = {"integrality": np.ones_like(costs), "bounds": Bounds(0, 1)}
+        found = milp(costs, constraints=constraints, options=options, **binary)
         if found.x is None:
             return None
         self.gap = max(self.gap, float(found.mip_gap))
         plan: Array = np.round(found.x[: self.x])
         return plan
+
+    def fill(self, plan: Array) -> Array:
+        """The x that reads the most, over all lengths, and loses as little as this one."""
+        filled = self.solve(-self.read.mean(0), (self.losses @ plan) * (1 + GAP))
+        return plan if filled is None else filled
 
     def _matrix(self, x: Any = None, y: Any = None) -> Any:
         rows = (y if x is None else x).shape[0]

@@ -53,8 +53,11 @@ def test_plans_are_those_of_brute_force(layers: int, heads: int, choices: int, l
     for plan in found:
         assert any(torch.equal(plan, one) for one in plans)
         assert not (losses < search.loss(plan) * (1 - 3 * GAP)).all(-1).any()  # none is better at every length
+        as_good = [one for one in plans if (search.loss(one) <= search.loss(plan)).all()]
+        most = max(float(density(search, one).mean()) for one in as_good)
+        assert float(density(search, plan).mean()) >= most - 2 * GAP
     best = torch.stack([search.loss(plan) for plan in found]).amin(0)
-    np.testing.assert_allclose(best, losses.amin(0), rtol=2 * GAP)
+    np.testing.assert_allclose(best, losses.amin(0), rtol=3 * GAP)
 
 
 def test_the_pareto_set_is_several_plans_none_better_than_another() -> None:
@@ -81,5 +84,5 @@ def test_an_impossible_density_says_the_least_possible() -> None:
 
 def test_no_plan_in_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moa_search, "SECONDS", 0.0)
-    with pytest.raises(CalibrationError, match="a plan in 0 seconds"):
+    with pytest.raises(CalibrationError, match="one in 0 seconds"):
         instance(0, layers=2, heads=3, choices=3, lengths=2).pareto()

@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sparseserve.cli.calibrate import options
-from sparseserve.errors import ConfigError
 
 
 def moa(
@@ -34,7 +33,7 @@ def moa(
     chooses a window for every KV head by an integer program, and compares the best plans at another length with the
     uniform window of the same density.
     """
-    goal_lengths, shares = options.whole_numbers("--lengths", lengths), _shares(density)
+    goal_lengths, shares = options.whole_numbers("--lengths", lengths), options.shares("--density", density)
     from sparseserve.calibration.moa import Goal, calibrate  # imports torch and transformers
     from sparseserve.calibration.moa_answers import Draw
     from sparseserve.calibration.report import write_report
@@ -57,15 +56,10 @@ def moa(
     print(f"wrote {output} and {report}")
 
 
-def _shares(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError("--density", text, "shares such as 0.5 or 0.5,0.4") from None
-
-
 def _table(results: dict[str, Any], length: int) -> Table:
-    table = Table("plan", f"read at {length}", "loss", "loss on needles", "loss on text", "needles found")
+    table = Table(
+        Column("plan", overflow="fold"), f"read at {length}", "loss", "on needles", "on text", "needles found"
+    )
     named = [(plan["file"], plan) for plan in results["plans"]]
     for name, plan in [*named, ("uniform window", results["uniform"]), ("dense", results["dense"])]:
         read = plan["density"][length]["per_kv_head"] if "density" in plan else 1.0
