@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from sparseserve.cli.calibrate import retrieval_heads
+from sparseserve.cli.calibrate import moa, retrieval_heads
 
 app = typer.Typer(help="Measure a model and write what a policy needs of it.", no_args_is_help=True)
+app.command("moa")(moa.moa)
 app.command("retrieval-heads")(retrieval_heads.retrieval_heads)
