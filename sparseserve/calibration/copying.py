@@ -42,8 +42,9 @@ def copied(trace: Trace, question: Needle, least_mass: float = 0.0) -> Tensor:
     """The share [L, Hq] fp64 of the value's tokens that each head copies: the copy score of one answer.
 
     A head copies a token if it looks there most in the step that gives the same token, with more than `least_mass` of
-    its attention: the published score at 0. Ours asks for `MAJORITY`: with less, most of what the head returns is
-    something else, and it only points at the token. (Faint heads that point serve to select by, not to answer by.)
+    its attention. The paper asks for no mass (`least_mass` = 0). Ours asks for `MAJORITY`: with less, most of what the
+    head returns is something else, and it points at the token without copying it. (Such heads serve to select by, not
+    to answer by.) The paper's needle is a sentence; ours is the value, which alone must be found. None counts twice.
     """
     value = torch.tensor([question.ids[position] for position in question.value])
     place = trace.position - question.value.start
