@@ -16,7 +16,7 @@ from sparseserve.artifacts.moa import RUNTIME
 from sparseserve.calibration.chunks import Chunks
 from sparseserve.calibration.moa_answers import TEXT_TOKENS, Draw
 from sparseserve.calibration.moa_profile import profile
-from sparseserve.calibration.moa_search import Search
+from sparseserve.calibration.moa_search import Search, check_density
 from sparseserve.calibration.moa_validation import Windows, validate
 from sparseserve.calibration.moa_windows import MINIMUM, candidates, density, window
 from sparseserve.calibration.subject import Subject
@@ -86,47 +86,47 @@ def calibrate(subject: Subject, goal: Goal, draw: Draw, output: Path, console: C
     alpha, beta = candidates(list(goal.bounded))
     windows = window(alpha, beta)
     densities = torch.stack([density(windows, length) for length in goal.bounded])
-    shape = subject.shape.layers, subject.shape.heads.kv_heads, len(alpha)
-    bounds = list(goal.bounded.values()), list(goal.bounded)
-    Search(torch.zeros(1, *shape), densities, *bounds).check()  # before the long part
+    check_density(densities, goal.bounded)
 
-    about: dict[str, Any] = {"model": subject.shape.name, "config": subject.shape.config_sha256}
-    about |= {"dtype": str(subject.model.dtype), "draw": asdict(draw) | {"text": str(draw.text)}}
-    about |= {"lengths": list(goal.bounded)}
-    chunks = Chunks(output, about, console)
+    about = _about(subject, goal, draw)
     on_device = window(alpha.to(subject.device), beta.to(subject.device))
-    losses, dense_losses = profile(subject, draw, goal.lengths, on_device, chunks)
-    search = Search(losses, densities, *bounds)
+    losses, dense = profile(subject, draw, goal.lengths, on_device, Chunks(output, about, console))
+    search = Search(losses, densities, goal.bounded)
     choices, gap = search.pareto()
     plans = [Plan(alpha[choice], beta[choice]) for choice in choices]
-    uniform = _uniform(plans, goal.validate_length)
+    masked = [search.loss(choice).tolist() for choice in choices]
 
-    about["plans"] = [[plan.alpha.tolist(), plan.beta.tolist()] for plan in plans]
-    tried = [*(plan.windows(subject.device) for plan in (*plans, uniform)), None]
-    chunks = Chunks(output, about, console)
-    *outcomes, of_uniform, of_dense = validate(subject, draw, goal.validate_length, tried, chunks)
-    order = sorted(range(len(plans)), key=lambda index: outcomes[index]["loss"])
+    chunks = Chunks(output, about | {"plans": [[plan.alpha.tolist(), plan.beta.tolist()] for plan in plans]}, console)
+    found = _compared(subject, goal, draw, plans, chunks)
+    for plan, influence in zip(found["plans"], masked, strict=True):
+        plan["masked_influence"] = dict(zip(goal.lengths, influence, strict=True))
+    order = sorted(range(len(plans)), key=lambda index: found["plans"][index]["validation"]["loss"])
     files = [output, *(output.with_stem(f"{output.stem}-{place}") for place in range(2, len(plans) + 1))]
     for index, file in zip(order, files, strict=True):
         save(plans[index].artifact(subject), file)
     chunks.clear()
-    lengths = list(goal.bounded)
-    return {
-        "candidates": len(alpha),
-        "largest_gap": gap,
-        "profiled_loss": dict(zip(goal.lengths, dense_losses, strict=True)),
-        "plans": [
-            {
-                "file": file.name,
-                "masked_influence": dict(zip(goal.lengths, search.loss(choices[index]).tolist(), strict=True)),
-                "density": _densities(plans[index], lengths),
-                "validation": outcomes[index],
-            }
-            for index, file in zip(order, files, strict=True)
-        ],
-        "uniform": {"density": _densities(uniform, lengths), "validation": of_uniform},
-        "dense": {"validation": of_dense},
-    }
+    ranked = [{"file": file.name} | found["plans"][index] for index, file in zip(order, files, strict=True)]
+    profiled = dict(zip(goal.lengths, dense, strict=True))
+    return found | {"plans": ranked, "candidates": len(alpha), "largest_gap": gap, "profiled_loss": profiled}
+
+
+def _about(subject: Subject, goal: Goal, draw: Draw) -> dict[str, Any]:
+    """What the chunks of a profile depend on."""
+    model = {"model": subject.shape.name, "config": subject.shape.config_sha256, "dtype": str(subject.model.dtype)}
+    return model | {"lengths": list(goal.bounded), "draw": asdict(draw) | {"text": str(draw.text)}}
+
+
+def _compared(subject: Subject, goal: Goal, draw: Draw, plans: Sequence[Plan], chunks: Chunks) -> dict[str, Any]:
+    """Densities and outcomes of the plans, of the uniform window and of dense attention."""
+    uniform = _uniform(plans, goal.validate_length)
+    tried = [*plans, uniform]
+    windows = [plan.windows(subject.device) for plan in tried]
+    *outcomes, dense = validate(subject, draw, goal.validate_length, [*windows, None], chunks)
+    told = [
+        {"density": _densities(plan, list(goal.bounded)), "validation": outcome}
+        for plan, outcome in zip(tried, outcomes, strict=True)
+    ]
+    return {"plans": told[:-1], "uniform": told[-1], "dense": {"validation": dense}}
 
 
 def _densities(plan: Plan, lengths: Sequence[int]) -> dict[int, dict[str, float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,21 +23,21 @@ GAP = 1e-3  # of a solution's loss to the proven bound, relative
 Array = NDArray[np.float64]
 
 
+def check_density(densities: Tensor, bounds: Mapping[int, float]) -> None:
+    """CalibrationError if even the smallest windows read more than allowed; arguments as in Search."""
+    for least, (length, bound) in zip(densities.amin(-1).tolist(), bounds.items(), strict=True):
+        if least > bound:
+            allowed = f"at least {least:.3f} at {length} tokens, the smallest window of every head"
+            raise CalibrationError(Problem("--density", bound, allowed, remedy="raise it or take longer lengths"))
+
+
 @dataclass(frozen=True, slots=True)
 class Search:
     """One window for every KV head: of C candidates, at most two different ones in a layer."""
 
     losses: Tensor  # [K, L, H, C] fp64, of a head's candidate at each of K lengths
-    densities: Tensor  # [M, C] fp64, share of tokens read at each of M lengths
-    bounds: Sequence[float]  # M, on the mean over all heads
-    lengths: Sequence[int]  # M
-
-    def check(self) -> None:
-        """CalibrationError if even the smallest windows read more than allowed."""
-        for least, bound, length in zip(self.densities.amin(-1).tolist(), self.bounds, self.lengths, strict=True):
-            if least > bound:
-                allowed = f"at least {least:.3f} at {length} tokens, the smallest window of every head"
-                raise CalibrationError(Problem("--density", bound, allowed, remedy="raise it or take longer lengths"))
+    densities: Tensor  # [M, C] fp64, share of tokens read at each of M lengths; one candidate is the least at all
+    bounds: Mapping[int, float]  # on the mean density over all heads, at each of the M lengths
 
     def loss(self, choice: Tensor) -> Tensor:
         """The loss [K] fp64 at each length of a candidate for every head [L, H]."""
@@ -50,9 +50,9 @@ class Search:
         the others stay below levels from their best to their worst. Of plans that lose the same, the one that reads the
         most of what the bounds allow: it has the most left at lengths that nobody measured.
         """
-        self.check()
+        check_density(self.densities, self.bounds)
         scale = self.losses.amax(-1).sum((1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
-        program = _Program(self.losses / scale[:, None, None, None], self.densities, self.bounds)
+        program = _Program(self.losses / scale[:, None, None, None], self.densities, list(self.bounds.values()))
         best = [program.solve(losses) for losses in program.losses]
         if any(plan is None for plan in best):
             remedy = "take fewer lengths or another density"

@@ -13,15 +13,13 @@ from sparseserve.calibration import moa_search
 from sparseserve.calibration.moa_search import CONFIGURATIONS, GAP, Search
 from sparseserve.errors import CalibrationError
 
-LENGTHS = [1024, 2048]
-
 
 def instance(seed: int, layers: int, heads: int, choices: int, lengths: int) -> Search:
     draw = torch.Generator().manual_seed(seed)
     losses = torch.rand(lengths, layers, heads, choices, generator=draw).double() ** 3
     densities = torch.rand(lengths, choices, generator=draw).double()
     densities[:, 0] = 0.1  # the smallest window
-    return Search(losses, densities, [0.5, 0.4][:lengths], LENGTHS[:lengths])
+    return Search(losses, densities, {1024: 0.5, 2048: 0.4} if lengths == 2 else {2048: 0.4})
 
 
 def everything(search: Search) -> tuple[list[Tensor], Tensor]:
@@ -31,7 +29,7 @@ def everything(search: Search) -> tuple[list[Tensor], Tensor]:
     for choice in product(range(choices), repeat=layers * heads):
         plan = torch.tensor(choice).view(layers, heads)
         few = all(len(set(layer.tolist())) <= CONFIGURATIONS for layer in plan)
-        if few and (density(search, plan) <= torch.tensor(search.bounds) + 1e-9).all():
+        if few and (density(search, plan) <= torch.tensor(list(search.bounds.values())) + 1e-9).all():
             plans.append(plan)
     return plans, torch.stack([search.loss(plan) for plan in plans])
 
@@ -71,15 +69,16 @@ def test_the_pareto_set_is_several_plans_none_better_than_another() -> None:
 def test_a_layer_has_two_windows_at_most() -> None:
     """Of five heads each wants another of five windows, which all read the same."""
     losses = 1 - torch.eye(5).double()[None, None]
-    plans, _ = Search(losses, torch.full((1, 5), 0.5).double(), [0.5], [2048]).pareto()
-    assert float(Search(losses, torch.full((1, 5), 0.5).double(), [0.5], [2048]).loss(plans[0])) == 3
+    search = Search(losses, torch.full((1, 5), 0.5).double(), {2048: 0.5})
+    plans, _ = search.pareto()
+    assert float(search.loss(plans[0])) == 3
     assert len(set(plans[0].flatten().tolist())) == 2
 
 
 def test_an_impossible_density_says_the_least_possible() -> None:
     search = instance(0, layers=1, heads=2, choices=3, lengths=2)
     with pytest.raises(CalibrationError, match=r"--density = 0.05 .* at least 0.100 at 2048 tokens"):
-        Search(search.losses, search.densities, [0.5, 0.05], LENGTHS).pareto()
+        Search(search.losses, search.densities, {1024: 0.5, 2048: 0.05}).pareto()
 
 
 def test_no_plan_in_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
