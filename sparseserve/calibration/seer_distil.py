@@ -72,7 +72,7 @@ def _recall(training: Training, documents: Documents, chunks: Chunks) -> dict[st
         rows += len(chunk["rows"])
         for key, mass in _held(training, documents, chunk).items():
             totals[key] = totals.get(key, torch.zeros(())) + mass
-    recall = {name: totals[name] / totals["oracle"] for name in CHOOSERS}
+    recall = {name: totals[name] / totals["oracle"].clamp(min=torch.finfo().tiny) for name in CHOOSERS}
     return recall | {"oracle_mass": totals["oracle"] / rows, "earlier_mass": totals["earlier"] / rows}
 
 
@@ -111,4 +111,4 @@ def results(distilled: Distilled) -> dict[str, Any]:
 def _per_layer(distilled: Distilled, name: str) -> list[float]:
     """Summed over the heads before it is divided."""
     oracle = distilled.recall["oracle_mass"]
-    return ((distilled.recall[name] * oracle).sum(1) / oracle.sum(1)).tolist()
+    return ((distilled.recall[name] * oracle).sum(1) / oracle.sum(1).clamp(min=torch.finfo().tiny)).tolist()

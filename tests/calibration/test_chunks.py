@@ -43,6 +43,17 @@ def test_a_killed_run_loses_only_the_current_chunk(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_finished_chunks_load_by_name_and_are_noted(tmp_path: Path) -> None:
+    chunks, notes = Chunks(tmp_path / "out", {}), list[float]()
+
+    def note(tensors: dict[str, Tensor]) -> str:
+        notes.append(float(tensors["twice"]))
+        return "noted"
+
+    list(chunks.run("double", ["1", "2"], Work(), note))
+    assert float(chunks.load("double", "2")["twice"]) == 4.0 and notes == [2.0, 4.0]
+
+
 def test_other_arguments_start_anew(tmp_path: Path) -> None:
     results(Chunks(tmp_path / "out", {"seed": 1}), Work())
     work = Work()

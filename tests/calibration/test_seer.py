@@ -19,7 +19,7 @@ from sparseserve.artifacts import load
 from sparseserve.calibration.attention import Attention, hooked
 from sparseserve.calibration.chunks import Chunks
 from sparseserve.calibration.samples import document
-from sparseserve.calibration.seer_data import Documents
+from sparseserve.calibration.seer_data import PARTS, Documents
 from sparseserve.calibration.seer_distil import Distilled, Recipe, distil
 from sparseserve.calibration.seer_recall import BLOCKS_PER_CHOSEN, best_blocks
 from sparseserve.calibration.seer_training import Training
@@ -127,6 +127,13 @@ def trained_shares(run: Run, subject: Subject, layers: list[Attention], rows: Te
     with torch.no_grad():
         shares: Tensor = gates(query, pooled, rows, BLOCK, rope)
     return shares
+
+
+def test_no_held_out_text_is_trained_on(trained: Subject, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("a" * 9000 + "b" * 1000)
+    for part, letter in (("train", b"a"), ("held-out", b"b")):
+        drawn = [document(trained, 500, seed, tmp_path / "text", PARTS[part])[1:] for seed in range(20)]
+        assert {token for ids in drawn for token in ids} == set(letter)
 
 
 def distilled(subject: Subject, folder: Path) -> Distilled:
