@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from typer import Typer
 from typer.testing import CliRunner
 
 from sparseserve.artifacts import load
@@ -24,7 +23,7 @@ from sparseserve.calibration.seer_distil import Distilled, Recipe, distil
 from sparseserve.calibration.seer_recall import BLOCKS_PER_CHOSEN, best_blocks
 from sparseserve.calibration.seer_training import Training
 from sparseserve.calibration.subject import Subject
-from sparseserve.cli.calibrate.seer import seer
+from sparseserve.cli.calibrate import app
 from sparseserve.errors import CalibrationError
 from sparseserve.policies import Seer
 from sparseserve.testing.bed import Bed
@@ -47,9 +46,7 @@ class Run:
 
 
 def command(*arguments: str) -> str:
-    app = Typer()
-    app.command()(seer)
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(app, ["seer", *arguments])
     assert result.exit_code == 0, result.exception
     return result.output
 
