@@ -22,6 +22,8 @@ from sparseserve.calibration.moa_windows import MINIMUM, candidates, density, wi
 from sparseserve.calibration.subject import Subject
 from sparseserve.errors import CalibrationError, Problem
 
+Told = dict[str, Any]  # JSON-able
+
 
 @dataclass(frozen=True, slots=True)
 class Goal:
@@ -77,7 +79,7 @@ class Plan:
         return Artifact("moa", tensors, dict(RUNTIME), layers, count, source).resolve(subject.shape)
 
 
-def calibrate(subject: Subject, goal: Goal, draw: Draw, output: Path, console: Console | None = None) -> dict[str, Any]:
+def calibrate(subject: Subject, goal: Goal, draw: Draw, output: Path, console: Console | None = None) -> Told:
     """Write the plan that validates best to `output`, the others beside it; everything measured, JSON-able.
 
     CalibrationError when the density cannot be reached, for lengths that the model does not take and for NaN.
@@ -88,35 +90,34 @@ def calibrate(subject: Subject, goal: Goal, draw: Draw, output: Path, console: C
     densities = torch.stack([density(windows, length) for length in goal.bounded])
     check_density(densities, goal.bounded)
 
-    about = _about(subject, goal, draw)
+    used = subject.identity | {"lengths": list(goal.bounded), "draw": asdict(draw) | {"text": str(draw.text)}}
     on_device = window(alpha.to(subject.device), beta.to(subject.device))
-    losses, dense = profile(subject, draw, goal.lengths, on_device, Chunks(output, about, console))
+    losses, dense = profile(subject, draw, goal.lengths, on_device, Chunks(output, used, console))
     search = Search(losses, densities, goal.bounded)
     choices, gap = search.pareto()
     plans = [Plan(alpha[choice], beta[choice]) for choice in choices]
-    masked = [search.loss(choice).tolist() for choice in choices]
 
-    chunks = Chunks(output, about | {"plans": [[plan.alpha.tolist(), plan.beta.tolist()] for plan in plans]}, console)
+    used["plans"] = [[plan.alpha.tolist(), plan.beta.tolist()] for plan in plans]
+    chunks = Chunks(output, used, console)
     found = _compared(subject, goal, draw, plans, chunks)
-    for plan, influence in zip(found["plans"], masked, strict=True):
-        plan["masked_influence"] = dict(zip(goal.lengths, influence, strict=True))
-    order = sorted(range(len(plans)), key=lambda index: found["plans"][index]["validation"]["loss"])
-    files = [output, *(output.with_stem(f"{output.stem}-{place}") for place in range(2, len(plans) + 1))]
-    for index, file in zip(order, files, strict=True):
-        save(plans[index].artifact(subject), file)
+    for told, choice in zip(found["plans"], choices, strict=True):
+        told["masked_influence"] = dict(zip(goal.lengths, search.loss(choice).tolist(), strict=True))
+    found["plans"] = _write(subject, plans, found["plans"], output)
     chunks.clear()
-    ranked = [{"file": file.name} | found["plans"][index] for index, file in zip(order, files, strict=True)]
     profiled = dict(zip(goal.lengths, dense, strict=True))
-    return found | {"plans": ranked, "candidates": len(alpha), "largest_gap": gap, "profiled_loss": profiled}
+    return found | {"candidates": len(alpha), "largest_gap": gap, "profiled_loss": profiled}
 
 
-def _about(subject: Subject, goal: Goal, draw: Draw) -> dict[str, Any]:
-    """What the chunks of a profile depend on."""
-    model = {"model": subject.shape.name, "config": subject.shape.config_sha256, "dtype": str(subject.model.dtype)}
-    return model | {"lengths": list(goal.bounded), "draw": asdict(draw) | {"text": str(draw.text)}}
+def _write(subject: Subject, plans: Sequence[Plan], told: Sequence[Told], output: Path) -> list[Told]:
+    """Save the plans, the one of least loss as `output`; what is told of each, in this order, with its file."""
+    ranked = sorted(zip(told, plans, strict=True), key=lambda pair: pair[0]["validation"]["loss"])
+    files = [output, *(output.with_stem(f"{output.stem}-{place}") for place in range(2, len(plans) + 1))]
+    for file, (_, plan) in zip(files, ranked, strict=True):
+        save(plan.artifact(subject), file)
+    return [{"file": file.name} | one for file, (one, _) in zip(files, ranked, strict=True)]
 
 
-def _compared(subject: Subject, goal: Goal, draw: Draw, plans: Sequence[Plan], chunks: Chunks) -> dict[str, Any]:
+def _compared(subject: Subject, goal: Goal, draw: Draw, plans: Sequence[Plan], chunks: Chunks) -> Told:
     """Densities and outcomes of the plans, of the uniform window and of dense attention."""
     uniform = _uniform(plans, goal.validate_length)
     tried = [*plans, uniform]
