@@ -1,7 +1,11 @@
-"""Real servers: the numbers are those that transformers gives, and those that the policy must have."""
+"""Two real servers, dense and quest: the numbers are those that transformers gives, and those of the policy."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,18 +14,44 @@ from typing import Any
 import pytest
 import torch
 
+from sparseserve.demo.build import build
 from sparseserve.demo.questions import prose
 from sparseserve.evaluation.client import Client
 from sparseserve.evaluation.request import Request, Setting, settings
 from sparseserve.evaluation.results import Results
-from sparseserve.evaluation.run import Serve, evaluate
+from sparseserve.evaluation.run import FORCING, Serve, evaluate
 from sparseserve.evaluation.tasks import TASKS, draft
-from sparseserve.server.process import Server
+from sparseserve.server.process import SERVE, Server, running
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.e2e
 
 LENGTH = 1500
+FLAGS = ["--max-model-len", "2560", "--max-num-seqs", "4", "--enforce-eager"]
+HARNESS = Path(__file__).parent / "harness"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("evaluation") / "demo"
+    build(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def dense(model: Path) -> Iterator[Server]:
+    yield from _serve(model, "--policy", "dense")
+
+
+@pytest.fixture(scope="module")
+def quest(model: Path) -> Iterator[Server]:
+    yield from _serve(model, "--policy", "quest", "--set", "budget_tokens=768", "--set", "measure_recall=true")
+
+
+def _serve(model: Path, *flags: str) -> Iterator[Server]:
+    command, env = [*SERVE, str(model), *flags, *FLAGS, *FORCING], {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    with running(command, model.parent / f"{flags[1]}.log", env) as server:
+        yield server
 
 
 def only(server: Server) -> Serve:
@@ -121,3 +151,22 @@ def test_recall_and_density_of_a_sparse_policy(model: Path, quest: Server) -> No
     assert at.recall is not None and at.density is not None
     assert at.recall[:2] == [1, 1] and all(0.3 < share < 1 for share in at.recall[2:])
     assert 0.6 < at.density < 0.7
+
+
+def test_the_harness_scores_local_data(model: Path, dense: Server, tmp_path: Path) -> None:
+    """lm-evaluation-harness, with a task on local data; nothing is downloaded."""
+    pytest.importorskip("lm_eval", reason="pip install 'lm_eval[api]'; its 35 packages are not in deploy/cpu.lock")
+    settings = {
+        "model": model,
+        "base_url": f"{dense.url}/v1/completions",
+        "tokenizer": model,
+        "tokenized_requests": False,
+    }
+    arguments = ",".join(f"{key}={value}" for key, value in settings.items())
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--model_args", arguments]
+    command += ["--tasks", "pass_key", "--include_path", ".", "--output_path", str(tmp_path / "out")]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=HARNESS, env=os.environ | offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (found,) = (tmp_path / "out").rglob("results*.json")
+    assert json.loads(found.read_text())["results"]["pass_key"]["exact_match,stripped"] == 1
