@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from openai import BadRequestError, OpenAI
@@ -37,6 +37,7 @@ class Client:
         self._model = card.id
         self.max_tokens: int = card.max_model_len
         self._chats = self._has_chat_template()
+        self._spaces = self.tokens("is 7")[:-1] == self.tokens("is ")  # whether a space is a token of its own
         self._size = 4.0  # characters of a token, learned from every prompt
 
     def tokens(self, text: str, special: bool = False) -> list[int]:
@@ -45,7 +46,11 @@ class Client:
         return ids
 
     def fit(self, draft: Draft, length: int) -> str:
-        """The prompt of exactly `length` tokens, chat template included; ConfigError if it cannot be so short."""
+        """The prompt of exactly `length` tokens, chat template included; ConfigError if it cannot be so short.
+
+        Where the first token of an answer begins with a space, the question does not end with one.
+        """
+        draft = draft if self._spaces else replace(draft, question=draft.question.rstrip(" "))
         prompt = fit(draft, length, self._count, self._size)
         self._size = len(prompt) / length
         return prompt

@@ -30,7 +30,7 @@ class Draft:
 
     def prompt(self, characters: int, tail: int = 0) -> str:
         """The whole prompt; what is asked for has its place among `characters`."""
-        return INSTRUCTION + self.document(characters, tail) + "\n" + self.question.rstrip(" ")
+        return INSTRUCTION + self.document(characters, tail) + "\n" + self.question
 
     @property
     def answer_tokens(self) -> int:

@@ -16,7 +16,7 @@ from sparseserve.evaluation.client import Client
 from sparseserve.evaluation.request import Request, Setting
 from sparseserve.server.process import Server
 
-ASKED = re.compile(r"The pass key of (\w+) is$")
+ASKED = re.compile(r"The pass key of (\w+) is ?$")
 
 
 class FakeClient(Client):
@@ -24,7 +24,7 @@ class FakeClient(Client):
 
     def __init__(self, split: str) -> None:
         self.split, self.counted = split, 0
-        self._size, self._model, self._chats = 4.0, "fake", False
+        self._size, self._model, self._chats, self._spaces = 4.0, "fake", False, split == "bytes"
 
     def tokens(self, text: str, special: bool = False) -> list[int]:
         """Like a BPE, in that some texts get longer without more tokens."""
