@@ -102,21 +102,19 @@ class Request(BaseModel):
 
     def check(self) -> None:
         """Raise ConfigError for what can be known to be wrong before a server starts."""
+        for flag, given in (("--lengths", self.lengths), ("--depths", self.depths), ("--tasks", self.tasks)):
+            if not given:
+                raise ConfigError(flag, "nothing", "at least one", remedy=f"give {flag}, or leave it out")
         for task in self.tasks:
             if task not in TASKS:
                 raise ConfigError("--tasks", task, choices=list(TASKS), remedy="give one of these, or leave it out")
         for depth in self.depths:
             if not 0 <= depth <= 1:
                 raise ConfigError("--depths", depth, "parts of the document, 0 to 1", remedy="give for example 0.1,0.9")
-        for length in self.lengths:
-            if length < 1:
-                raise ConfigError("--lengths", length, "tokens, at least 1", remedy="give for example 2048,8192")
-        if self.samples < 1:
-            raise ConfigError("--samples", self.samples, "questions, at least 1", remedy="give for example 10")
-        for name in os.environ:
-            if name.startswith(ENV_SET):
-                remedy = f"unset {name}, and write the value behind the policy: quest:budget_tokens=512"
-                raise ConfigError(name, os.environ[name], "unset: it would reach every setting", remedy=remedy)
+        for flag, number in [("--samples", self.samples), *(("--lengths", length) for length in self.lengths)]:
+            if number < 1:
+                raise ConfigError(flag, number, "at least 1", remedy="give a whole number from 1 on")
+        _check_environment()
         self.read_text()
 
     def read_text(self) -> str | None:
@@ -144,3 +142,10 @@ class Request(BaseModel):
     def part(self, **changes: Any) -> str:
         """The command for a part of the request."""
         return self.model_copy(update=changes).command(RERUN)
+
+
+def _check_environment() -> None:
+    for name in os.environ:
+        if name.startswith(ENV_SET):
+            remedy = f"unset {name}, and write the value behind the policy: quest:budget_tokens=512"
+            raise ConfigError(name, os.environ[name], "unset: it would reach every setting", remedy=remedy)
