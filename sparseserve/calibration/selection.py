@@ -33,12 +33,15 @@ class Watch:
         self.kept = torch.zeros(layers, layers, dtype=torch.float64)  # [choosing, keeping], mean over query heads
         self.needle = torch.zeros(layers, layers, dtype=torch.float64)  # the same, on the needle; sum over query heads
         self.on_needle = torch.zeros(layers, dtype=torch.float64)  # kept or not
+        self.rows = 0  # that were summed
 
     def __call__(self, attention: Attention) -> None:
         """Look at the rows, or at the one of a decode step."""
+        rows = self._rows or (attention.start,)
         if attention.layer == 0:
             self._chosen.clear()
-        for row in self._rows or (attention.start,):
+            self.rows += len(rows)
+        for row in rows:
             weights = attention.weights(row, row + 1)[:, 0]
             self._look(attention.layer, row, weights.view(self._heads, -1, row + 1).sum(1), len(weights))
 
@@ -55,45 +58,38 @@ class Watch:
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """What layer l keeps with the tokens that layer c <= l chose, 0 to 1."""
+    """What layer l keeps with the tokens that layer c <= l chose, as [c, l]."""
 
-    text: Tensor  # [L, L] fp64 [c, l]: attention mass of text rows, mean over rows and query heads
-    needle: (
-        Tensor  # [L, L] fp64 [c, l]: the mass on the needle in rows of answers, in heads: mean over rows, sum of heads
-    )
+    text: Tensor  # [L, L] fp64: attention mass of text rows, mean over rows and query heads
+    needle: Tensor  # [L, L] fp64: mass on the needle in rows of answers, mean over rows, sum over query heads
     on_needle: Tensor  # [L] fp64: that mass with every token kept
     right: int = 1  # needles answered right, which alone count
     asked: int = 1
 
-    def worth(self, select_layer: int) -> Tensor:
-        """What each entry adds to the objective [L, L], half of it text and half needle; 1 in all where all is kept.
+    def shares(self, select_layer: int) -> Tensor:
+        """What an entry is of all that the layers behind `select_layer` have, [2, L, L]: text, needle.
 
-        All layers behind `select_layer` count alike, as to text by their mass, as to the needle by the mass they put
-        there: the heads that look at it are few, and a mean over all heads would not miss them.
+        On the diagonal is what a layer has that attends to everything, as selection layers do. To text all layers count
+        alike; to the needle by what they look at it: heads that do are few, and a mean over all would not miss them.
         """
-        later = len(self.text) - select_layer - 1
-        return self.text / later / 2 + self.needle / self.on_needle[select_layer + 1 :].sum() / 2
-
-    def worth_dense(self, select_layer: int) -> Tensor:
-        """The same [L] of layers that attend to everything, as selection layers do."""
-        later = len(self.text) - select_layer - 1
-        return 1 / later / 2 + self.on_needle / self.on_needle[select_layer + 1 :].sum() / 2
+        text, needle = self.text.clone().fill_diagonal_(1), self.needle.clone()
+        needle.diagonal().copy_(self.on_needle)
+        return torch.stack([text / (len(text) - select_layer - 1), needle / self.on_needle[select_layer + 1 :].sum()])
 
     def kept(self, select_layer: int, reselect: Sequence[int]) -> tuple[float, float]:
         """The shares of text mass and of needle mass that all layers behind `select_layer` keep."""
-        chooser, text, needle = select_layer, 0.0, 0.0
-        for layer in range(select_layer + 1, len(self.text)):
-            if layer in reselect:
-                chooser, text, needle = layer, text + 1, needle + float(self.on_needle[layer])
-            else:
-                text += float(self.text[chooser, layer])
-                needle += float(self.needle[chooser, layer])
-        return text / (len(self.text) - select_layer - 1), needle / float(self.on_needle[select_layer + 1 :].sum())
+        layers = range(select_layer + 1, len(self.text))
+        choosers = [max(chooser for chooser in (select_layer, *reselect) if chooser <= layer) for layer in layers]
+        text, needle = self.shares(select_layer)[:, choosers, list(layers)].sum(1).tolist()
+        return text, needle
 
 
 def best_layers(curves: Curves, select_layer: int, count: int) -> tuple[int, ...]:
-    """The `count` reselection layers that keep most, of all combinations; ties go to the lower layers."""
-    worth, dense = curves.worth(select_layer), curves.worth_dense(select_layer)
+    """The `count` reselection layers of all combinations that keep most, of text and needle together.
+
+    Ties go to the lower layers.
+    """
+    worth = curves.shares(select_layer).mean(0)
 
     @cache
     def best(chooser: int, left: int) -> tuple[float, tuple[int, ...]]:
@@ -103,7 +99,7 @@ def best_layers(curves: Curves, select_layer: int, count: int) -> tuple[int, ...
         found: tuple[float, tuple[int, ...]] = (0.0, ())
         for layer in range(chooser + 1, len(worth) - left + 1):
             behind, layers = best(layer, left - 1)
-            total = float(worth[chooser, chooser + 1 : layer].sum() + dense[layer]) + behind
+            total = float(worth[chooser, chooser + 1 : layer].sum() + worth[layer, layer]) + behind
             found = max(found, (total, (layer, *layers)), key=lambda pair: pair[0])
         return found
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparseserve.calibration.attention import hooked
 from sparseserve.calibration.chunks import Chunks, Tensors
-from sparseserve.calibration.samples import answer, document, needle
+from sparseserve.calibration.samples import Needle, answer, document, needle
 from sparseserve.calibration.selection import Curves, Watch
 from sparseserve.calibration.subject import Subject
 from sparseserve.errors import CalibrationError, Problem
@@ -41,10 +41,8 @@ def measure(
 
     def look(name: str) -> Tensors:
         length, index = map(int, name.split("-"))
-        depth = (index + 0.5) / samples
-        return _asked(subject, policy, length, depth, seed + index, text) | _read(
-            subject, policy, length, seed + index, text
-        )
+        asked = _asked(subject, policy, needle(subject, length, (index + 0.5) / samples, seed + index, file=text))
+        return asked | _read(subject, policy, document(subject, length, seed + index, text))
 
     seen = list(chunks.run("samples", names, look))
     right = [sample for sample in seen if sample["right"]]
@@ -68,9 +66,8 @@ def _check_lengths(subject: Subject, policy: Tidal, lengths: Sequence[int]) -> N
     subject.check_length("--lengths", max(lengths) + ANSWER_TOKENS)
     if min(lengths) <= policy.budget_tokens:
         allowed = f"more than {policy.budget_tokens} tokens, the budget, within which nothing is left out"
-        raise CalibrationError(
-            Problem("--lengths", min(lengths), allowed, remedy="give larger ones, or a lower --budget")
-        )
+        remedy = "give larger ones, or a lower --budget"
+        raise CalibrationError(Problem("--lengths", min(lengths), allowed, remedy=remedy))
 
 
 def _watch(subject: Subject, policy: Tidal, **options: Any) -> Watch:
@@ -78,29 +75,22 @@ def _watch(subject: Subject, policy: Tidal, **options: Any) -> Watch:
     return Watch(subject.shape.layers, heads, policy.budget_tokens, **options)
 
 
-def _asked(subject: Subject, policy: Tidal, length: int, depth: float, seed: int, text: Path | None) -> Tensors:
+def _asked(subject: Subject, policy: Tidal, question: Needle) -> Tensors:
     """Rows of an answer: what is kept of the mass on the value's tokens."""
-    question = needle(subject, length, depth, seed, file=text)
     watch = _watch(subject, policy, value=question.value)
-    steps = 0
-
-    def count(attention: Any) -> None:
-        nonlocal steps
-        steps += attention.layer == 0
-        watch(attention)
-
-    _, right = answer(subject, question, count)
-    return {"needle": watch.needle / steps, "on_needle": watch.on_needle / steps, "right": torch.tensor(right)}
+    _, right = answer(subject, question, watch)
+    needle, on_needle = watch.needle / watch.rows, watch.on_needle / watch.rows
+    return {"needle": needle, "on_needle": on_needle, "right": torch.tensor(right)}
 
 
 @torch.no_grad()
-def _read(subject: Subject, policy: Tidal, length: int, seed: int, text: Path | None) -> Tensors:
+def _read(subject: Subject, policy: Tidal, ids: list[int]) -> Tensors:
     """Rows of a text: what is kept of all mass."""
-    rows = torch.linspace(max(policy.budget_tokens, length // 2), length - 1, ROWS).long().tolist()
+    rows = torch.linspace(max(policy.budget_tokens, len(ids) // 2), len(ids) - 1, ROWS).long().tolist()
     watch = _watch(subject, policy, rows=rows)
     with hooked(watch):
-        subject.model(subject.tensor(document(subject, length, seed, text)), use_cache=False, logits_to_keep=1)
-    return {"text": watch.kept / ROWS}
+        subject.model(subject.tensor(ids), use_cache=False, logits_to_keep=1)
+    return {"text": watch.kept / watch.rows}
 
 
 def _mean(samples: Sequence[Tensors], key: str) -> Tensor:
