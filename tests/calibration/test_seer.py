@@ -31,7 +31,7 @@ from sparseserve.testing.gates import plain_rope
 
 MODEL = str(files("sparseserve.demo") / "trained")
 TOKENS, BLOCK = 1024, 16
-SHORT = ["--lengths", str(TOKENS), "--samples", "12", "--held-out", "2", "--rows", "128", "--steps", "160"]
+SHORT = ["--lengths", str(TOKENS), "--samples", "12", "--held-out", "2", "--rows", "128", "--steps", "96"]
 DOCUMENTS = Documents([256], samples=2, held_out=1, rows=16, block=BLOCK)
 RECIPE = Recipe(steps=16, rate=5e-3, gate_dim=32, qk_norm=True, rope=True)
 
@@ -58,11 +58,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(file, json.loads(file.with_name("gates.safetensors.json").read_text()), said)
 
 
-def test_the_held_out_loss_falls_in_every_layer(run: Run) -> None:
+def test_the_held_out_loss_falls_and_in_every_layer_by_a_quarter(run: Run) -> None:
     loss = run.report["results"]["loss"]
-    assert loss["held_out_steps"][0] == 0 and loss["held_out_steps"][-1] == len(loss["train"]) == 160
+    assert loss["held_out_steps"][0] == 0 and loss["held_out_steps"][-1] == len(loss["train"]) == 96
     assert all(curve[-1] < 0.75 * curve[0] for curve in loss["held_out_layers"])
-    assert loss["held_out"][-1] == min(loss["held_out"])
+    assert len(loss["held_out"]) == 9 and loss["held_out"] == sorted(loss["held_out"], reverse=True)
 
 
 def test_gates_beat_mean_keys_and_random_blocks(run: Run) -> None:
@@ -82,7 +82,7 @@ def test_nothing_else_is_left_and_the_files_are_told(run: Run) -> None:
     names = {path.name for path in run.file.parent.iterdir()}
     assert names == {"gates.safetensors", "gates.safetensors.json", "gates-published"}
     assert all(name in run.said.replace("\n", "") for name in names)
-    assert "--steps 160" in run.report["command"] and "--no" not in run.report["command"]
+    assert "--steps 96" in run.report["command"] and "--no" not in run.report["command"]
 
 
 def test_the_policy_chooses_the_blocks_that_the_trained_gate_chooses(run: Run, trained: Subject) -> None:
@@ -155,7 +155,7 @@ def test_a_killed_run_ends_with_the_same_gates(
     with pytest.raises(KeyboardInterrupt):
         distilled(trained, tmp_path)
     again = distilled(trained, tmp_path)
-    assert taken == [*range(9), *range(9, 16)]
+    assert taken == [*range(9), *range(8, 16)]  # a part is two steps
     assert again.losses.train == whole.losses.train
     states = again.gates.state_dict(), whole.gates.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
