@@ -92,8 +92,8 @@ def calibrate(subject: Subject, goal: Goal, draw: Draw, output: Path, console: C
 
     used = subject.identity | {"lengths": list(goal.bounded), "draw": asdict(draw) | {"text": str(draw.text)}}
     on_device = window(alpha.to(subject.device), beta.to(subject.device))
-    losses, dense = profile(subject, draw, goal.lengths, on_device, Chunks(output, used, console))
-    search = Search(losses, densities, goal.bounded)
+    losses, dense = profile(subject, draw, goal.lengths, goal.validate_length, on_device, Chunks(output, used, console))
+    search = Search(losses[:-1], losses[-1], densities, goal.bounded)
     choices, gap = search.pareto()
     plans = [Plan(alpha[choice], beta[choice]) for choice in choices]
 

@@ -46,12 +46,16 @@ class Answered:
 
 
 def answered(subject: Subject, draw: Draw, name: str, length: int, purpose: str) -> Answered:
-    """The prompt `name` of `length` tokens, other for every purpose; CalibrationError for a model that says nothing."""
+    """The prompt `name` of `length` tokens, other for every purpose; CalibrationError for a model that says nothing.
+
+    Needles lie at random depths, one in each of as many equal parts as there are samples.
+    """
     kind, index = name.rsplit("-", 1)
     for place in range(PLACES):
-        seed = random.Random(f"{draw.seed} {purpose} {length} {name} {place}").randrange(1 << 30)
+        chance = random.Random(f"{draw.seed} {purpose} {length} {name} {place}")
+        seed, depth = chance.randrange(1 << 30), (int(index) + chance.random()) / draw.samples
         if kind == "needle":
-            question = needle(subject, length, (int(index) + 0.5) / draw.samples, seed, file=draw.text)
+            question = needle(subject, length, depth, seed, file=draw.text)
             prompt, value, most = question.ids, question.answer, NEEDLE_TOKENS
         else:
             prompt, value, most = document(subject, length, seed, draw.text), "", TEXT_TOKENS

@@ -19,31 +19,41 @@ from sparseserve.types import Window
 
 
 def profile(
-    subject: Subject, draw: Draw, lengths: Sequence[int], candidates: Window, chunks: Chunks
+    subject: Subject, draw: Draw, lengths: Sequence[int], beyond: int, candidates: Window, chunks: Chunks
 ) -> tuple[Tensor, list[float]]:
-    """The influence that each candidate masks [K, L, H, C] fp64 at each length, and the loss; means over samples."""
+    """The influence that each candidate masks [K + 1, L, H, C] fp64, and the loss [K]; means over samples.
+
+    The last is a guess at the length `beyond`: the longest's influence, stretched.
+    """
     names = [f"{length} {name}" for length in lengths for name in draw.names]
 
     def measure(name: str) -> dict[str, Tensor]:
         length, prompt = name.split()
         sample = answered(subject, draw, prompt, int(length), "profile")
-        masked, value = masked_influence(subject, sample, candidates)
+        masked, value = masked_influence(subject, sample, candidates, (1, beyond / int(length)))
         return {"loss": value, "influence": masked}
 
     found = list(chunks.run("profile", names, measure))
     shape = (len(lengths), len(draw.names))
     masked = torch.stack([tensors["influence"].cpu() for tensors in found])
     losses = torch.stack([tensors["loss"].cpu() for tensors in found])
-    return masked.view(*shape, *masked.shape[1:]).mean(1), losses.view(shape).mean(1).tolist()
+    measured, stretched = masked.view(*shape, *masked.shape[1:]).mean(1).unbind(1)
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    return torch.cat([measured, stretched[longest, None]]), losses.view(shape).mean(1).tolist()
 
 
-def masked_influence(subject: Subject, sample: Answered, candidates: Window) -> tuple[Tensor, Tensor]:
-    """What each candidate would mask of a sample's influence [L, H, C] fp64, summed over a KV head's group; the loss.
+def masked_influence(
+    subject: Subject, sample: Answered, candidates: Window, stretches: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """What each candidate would mask of a sample's influence [S, L, H, C] fp64, sum over a KV head's group; the loss.
 
-    Only the rows of decode steps count, for the prompt is prefilled densely.
+    Only the rows of decode steps count, for the prompt is prefilled densely. A stretch of 2 takes the windows at twice
+    the length, and the influence at the same relative position.
     """
     outputs, value = gradients(subject, sample)
-    return torch.stack([_masked(attention, gradient, candidates) for attention, gradient in outputs]), value
+    return torch.stack(
+        [_masked(attention, gradient, candidates, stretches) for attention, gradient in outputs], 1
+    ), value
 
 
 def gradients(subject: Subject, sample: Answered) -> tuple[list[tuple[Attention, Tensor]], Tensor]:
@@ -93,18 +103,21 @@ def _detached(attention: Attention) -> Attention:
     return replace(attention, **tensors)
 
 
-def _masked(attention: Attention, gradient: Tensor, candidates: Window) -> Tensor:
-    """Influence [H, C] fp64 of the tokens that each candidate's decode steps do not read."""
+def _masked(attention: Attention, gradient: Tensor, candidates: Window, stretches: Sequence[float]) -> Tensor:
+    """Influence [S, H, C] fp64 of the tokens that each candidate's decode steps do not read."""
     end, total = attention.key.shape[1], torch.zeros(())
     for first in range(attention.start, end, ROWS):
         last = min(first + ROWS, end)
         pages = _by_page(influence(attention, gradient, first, last)).cumsum(-1)
         lengths = torch.arange(first + 1, last + 1, device=pages.device)
-        start = candidates.spans(lengths)[..., 1]  # [R, C]
-        before = (start // PAGE - 1).clamp(min=0).expand(len(pages), -1, -1)
-        total = total.to(pages) + pages.gather(-1, before.long()).sum(1)
-    heads: Tensor = total.view(-1, attention.group, total.shape[-1])
-    return heads.sum(1)
+        masked = []
+        for stretch in stretches:
+            start = candidates.spans((lengths * stretch).long())[..., 1] / stretch  # [R, C]
+            before = (start.long() // PAGE - 1).clamp(min=0).expand(len(pages), -1, -1)
+            masked.append(pages.gather(-1, before).sum(1))
+        total = total.to(pages) + torch.stack(masked)
+    heads: Tensor = total.view(len(stretches), -1, attention.group, total.shape[-1])
+    return heads.sum(2)
 
 
 def _by_page(influence: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ class Search:
     """One window for every KV head: of C candidates, at most two different ones in a layer."""
 
     losses: Tensor  # [K, L, H, C] fp64, of a head's candidate at each of K lengths
+    beyond: Tensor  # [L, H, C] fp64, a guess at the loss at a length that was not measured
     densities: Tensor  # [M, C] fp64, share of tokens read at each of M lengths; one candidate is the least at all
     bounds: Mapping[int, float]  # on the mean density over all heads, at each of the M lengths
 
@@ -47,8 +48,8 @@ class Search:
         """The candidate of every head [L, H] int64, of plans none of which loses more everywhere than another; the gap.
 
         The best plan of each length, and epsilon constraints between: the least loss at the last length while those at
-        the others stay below levels from their best to their worst. Of plans that lose the same, the one that reads the
-        most of what the bounds allow: it has the most left at lengths that nobody measured.
+        the others stay below levels from their best to their worst. Of plans that lose the same, the one that loses the
+        least beyond: of a window of 1024 tokens and one of everything, rows of 1024 cannot tell.
         """
         check_density(self.densities, self.bounds)
         scale = self.losses.amax(-1).sum((1, 2)).clamp(min=torch.finfo(torch.float64).tiny)
@@ -61,7 +62,9 @@ class Search:
         levels: Array = np.linspace(losses.min(0), losses.max(0), POINTS)[: -1 if len(best) > 1 else 0, :-1]
         between = [program.solve(program.losses[-1], level) for level in levels]
         plans = np.unique([plan for plan in (*best, *between) if plan is not None], axis=0)
-        kept = np.unique([program.fill(plan) for plan in _undominated(plans, plans @ program.losses.T)], axis=0)
+        kept = np.unique(
+            [program.settle(plan, self.beyond) for plan in _undominated(plans, plans @ program.losses.T)], axis=0
+        )
         return [torch.from_numpy(plan.reshape(program.shape).argmax(-1)) for plan in kept], program.gap
 
 
@@ -76,12 +79,12 @@ class _Program:
         one_of_a_head = kron(eye_array(layers * heads), np.ones((1, choices)))
         offers_of_a_layer = kron(eye_array(layers), np.ones((1, choices)))
         offer = kron(eye_array(layers), kron(np.ones((heads, 1)), eye_array(choices)))
-        self.read: Array = np.tile(densities.numpy() / (layers * heads), (1, layers * heads))  # [M, L * H * C]
+        read = np.tile(densities.numpy() / (layers * heads), (1, layers * heads))
         self.constraints = [
             LinearConstraint(self._matrix(one_of_a_head), 1, 1),
             LinearConstraint(self._matrix(eye_array(self.x), -offer), -np.inf, 0),
             LinearConstraint(self._matrix(None, offers_of_a_layer), -np.inf, CONFIGURATIONS),
-            LinearConstraint(self._matrix(self.read), -np.inf, np.array(bounds)),
+            LinearConstraint(self._matrix(read), -np.inf, np.array(bounds)),
         ]
 
     def solve(self, cost: Array, levels: Array | None = None) -> Array | None:
@@ -99,10 +102,11 @@ class _Program:
         plan: Array = np.round(found.x[: self.x])
         return plan
 
-    def fill(self, plan: Array) -> Array:
-        """The x that reads the most, over all lengths, and loses as little as this one."""
-        filled = self.solve(-self.read.mean(0), (self.losses @ plan) * (1 + GAP))
-        return plan if filled is None else filled
+    def settle(self, plan: Array, beyond: Tensor) -> Array:
+        """The x that loses the least beyond, and as little as this one at the measured lengths."""
+        worst = max(float(beyond.amax(-1).sum()), torch.finfo(torch.float64).tiny)
+        settled = self.solve(beyond.flatten().numpy() / worst, (self.losses @ plan) * (1 + GAP))
+        return plan if settled is None else settled
 
     def _matrix(self, x: Any = None, y: Any = None) -> Any:
         rows = (y if x is None else x).shape[0]

@@ -42,7 +42,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Draw:
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan for the trained model, made by the command."""
     path = tmp_path_factory.mktemp("moa") / "plan.safetensors"
-    moa(str(files("sparseserve.demo") / "trained"), path, "1024,1536", 2048, "0.3", samples=2)
+    moa(str(files("sparseserve.demo") / "trained"), path, "1024,1536", 2048, "0.4", samples=3)
     return path
 
 
@@ -51,22 +51,22 @@ def report(plan: Path) -> dict[str, Any]:
     return content
 
 
-def assert_better_than_uniform(results: dict[str, Any], length: int) -> None:
+def assert_better_than_uniform(results: dict[str, Any], length: int | str, bound: float) -> None:
     """Less loss and more needles, from no more tokens."""
     best, uniform = results["plans"][0], results["uniform"]
     read, read_uniformly = (each["density"][length]["per_kv_head"] for each in (best, uniform))
-    assert read <= read_uniformly <= 0.35
+    assert read <= read_uniformly <= bound + 64 / int(length)  # a page more
     assert best["validation"]["loss"] < uniform["validation"]["loss"]
     assert best["validation"]["needle_accuracy"] > uniform["validation"]["needle_accuracy"]
 
 
 def test_on_the_trained_model_it_beats_the_uniform_window(plan: Path) -> None:
-    assert_better_than_uniform(report(plan)["results"], "2048")
+    assert_better_than_uniform(report(plan)["results"], "2048", 0.4)
 
 
 def test_on_the_built_model_it_beats_the_uniform_window(demo: Subject, tmp_path: Path) -> None:
-    results = calibrate(demo, Goal([1024], 2048, [0.3]), ONE, tmp_path / "plan.safetensors")
-    assert_better_than_uniform(results, 2048)
+    results = calibrate(demo, Goal([768], 1536, [0.4]), Draw(3, 0, None), tmp_path / "plan.safetensors")
+    assert_better_than_uniform(results, 1536, 0.4)
 
 
 def test_the_report_has_every_plan_best_first(plan: Path) -> None:
@@ -80,8 +80,8 @@ def test_the_report_has_every_plan_best_first(plan: Path) -> None:
         for length, share in each["density"].items():
             lines = window(artifact.tensors["alpha"].flatten(), artifact.tensors["beta"].flatten())
             assert float(density(lines, int(length)).mean()) == pytest.approx(share["per_query_head"])
-            assert share["per_query_head"] == share["per_kv_head"] <= 0.3
-    assert "--density 0.3" in report(plan)["command"]
+            assert share["per_query_head"] == share["per_kv_head"] <= 0.4
+    assert "--density 0.4" in report(plan)["command"]
     assert not plan.with_name(f"{plan.name}.partial").exists()
 
 

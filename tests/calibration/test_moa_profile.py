@@ -102,8 +102,8 @@ def test_a_candidate_masks_the_influence_of_the_tokens_that_it_does_not_read(ran
     subject = load(str(random_model("llama")))
     sample = sample_of(subject, 600, 40)
     alpha, beta = candidates([256, 600])
-    masked, _ = masked_influence(subject, sample, window(alpha, beta))
-    assert masked.shape == (2, 2, len(alpha))
+    (masked, stretched), _ = masked_influence(subject, sample, window(alpha, beta), (1, 2))
+    assert masked.shape == stretched.shape == (2, 2, len(alpha))
     outputs, _ = gradients(subject, sample)
     for layer, (attention, gradient) in enumerate(outputs):
         everywhere = influence(attention, gradient, 599, 639).double()
@@ -111,6 +111,9 @@ def test_a_candidate_masks_the_influence_of_the_tokens_that_it_does_not_read(ran
             lines = window(alpha[choice].expand(2), beta[choice].expand(2))
             expected = (everywhere * ~keep(lines, attention.group)(599, 639)).sum((1, 2)).view(2, 2).sum(1)
             torch.testing.assert_close(masked[layer, :, choice], expected, rtol=1e-6, atol=1e-12)
+    assert (
+        stretched[..., beta == 0] >= masked[..., beta == 0]
+    ).all()  # a fixed window is a smaller part of a longer row
     whole = int((alpha + beta * 600).argmax())
     assert masked[..., whole].max() == 0 < masked[..., 0].min()
 
