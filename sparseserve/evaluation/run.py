@@ -18,7 +18,7 @@ from sparseserve.errors import SparseServeError
 from sparseserve.evaluation.client import Client
 from sparseserve.evaluation.journal import journal
 from sparseserve.evaluation.measure import Examiner
-from sparseserve.evaluation.pieces import Piece, pieces
+from sparseserve.evaluation.pieces import pieces
 from sparseserve.evaluation.report import assemble
 from sparseserve.evaluation.request import Request, Setting
 from sparseserve.evaluation.results import Results
@@ -60,17 +60,17 @@ def evaluate(
     examiner = Examiner(request)
     with journal(partial, _asked(request)) as found:
         every = list(pieces(request))
-        missing = [piece for piece in every if str(piece) not in found]
-        for setting, mine in groupby(missing, key=lambda piece: piece.served):
-            progress(len(found), len(every), f"{setting}: starting its server")
+        missing = [(done, piece) for done, piece in enumerate(every) if str(piece) not in found]
+        for setting, group in groupby(missing, key=lambda one: one[1].served):
+            mine = list(group)
+            progress(mine[0][0], len(every), f"{setting}: starting its server")
             with serve(request, setting) as server:
-                client = Client(server)
-                for piece in mine:
-                    progress(len(found), len(every), str(piece))
-                    try:
+                with _blaming(server, setting, partial):
+                    client = Client(server)
+                for done, piece in mine:
+                    progress(done, len(every), str(piece))
+                    with _blaming(server, piece, partial):
                         found.add(str(piece), examiner.measure(client, piece))
-                    except (OpenAIError, OSError) as error:
-                        raise _failed(server, piece, error, partial) from error
         return assemble(request, found, "RESULTS.json" if output is None else str(output))
 
 
@@ -90,13 +90,21 @@ def _asked(request: Request) -> dict[str, Any]:
     }
 
 
-def _failed(server: Server, piece: Piece, error: Exception, partial: Path | None) -> SparseServeError:
-    """What happened to the server at a piece, and what is kept."""
+@contextmanager
+def _blaming(server: Server, at: object, partial: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except (OpenAIError, OSError) as error:
+        raise _failed(server, at, error, partial) from error
+
+
+def _failed(server: Server, at: object, error: Exception, partial: Path | None) -> SparseServeError:
+    """What happened to the server, at what, and what is kept."""
     kept = f"What was found before is kept in {partial}; the same command goes on there." if partial else ""
     if isinstance(error, APIStatusError) and error.status_code < 500:
-        return SparseServeError(f"{piece}: the server refuses: {error}", kept)
+        return SparseServeError(f"{at}: the server refuses: {error}", kept)
     try:
         happened = f"the server ended with exit code {server.process.wait(END)}"
     except TimeoutExpired:
         happened = f"the server does not answer ({error!r})"
-    return SparseServeError(f"{piece}: {happened}. {kept} Its last words:\n{server.log.read_text()[-LAST_WORDS:]}")
+    return SparseServeError(f"{at}: {happened}. {kept} Its last words:\n{server.log.read_text()[-LAST_WORDS:]}")
