@@ -19,6 +19,12 @@ PRELUDE = (
 )
 READY = "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
 SUPERVISE = "import sys; from sparseserve.server.supervise import supervise; sys.exit(supervise(sys.argv[1:]))"
+HEALTHY = (
+    "import sys, http.server as http\n"
+    "class Handler(http.BaseHTTPRequestHandler):\n"
+    "    def do_GET(self): self.send_response(200); self.end_headers()\n"
+    "http.HTTPServer(('127.0.0.1', int(sys.argv[-1])), Handler).serve_forever()"
+)
 Start = Callable[[str], "tuple[subprocess.Popen[bytes], int]"]
 
 
@@ -87,3 +93,17 @@ def test_the_server_stops_when_its_supervisor_is_killed(start: Start) -> None:
     supervisor.kill()
     supervisor.wait(30)
     wait_until(lambda: not alive(server))
+
+
+def test_a_server_ends_with_the_process_that_started_it() -> None:
+    """A killed evaluation leaves no server behind."""
+    program = "import pathlib, sys, time; from sparseserve.server.process import running\n"
+    program += "with running([sys.executable, '-c', sys.argv[1]], pathlib.Path('/dev/null')) as server:\n"
+    program += "    print(server.process.pid, flush=True); time.sleep(60)"
+    parent = subprocess.Popen([sys.executable, "-c", program, HEALTHY], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    server = int(parent.stdout.readline())
+    assert alive(server)
+    parent.kill()
+    wait_until(lambda: not alive(server))
+    parent.wait(30)
