@@ -19,7 +19,7 @@ __device__ __forceinline__ uint4 each(uint4 x, F f) {
 }
 
 template <class T, int D, int NT>
-__global__ void __launch_bounds__(kThreads) score_pages_kernel(const __grid_constant__ ScorePagesParams p) {
+__global__ void __launch_bounds__(kThreads, D * NT <= 128 ? 4 : 2) score_pages_kernel(const __grid_constant__ ScorePagesParams p) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = blockIdx.z, head = blockIdx.y;
   const int length = p.table.seq_lens[row], begin = (blockIdx.x * kWarps + threadIdx.x / 32) * kTileTokens;
   const int last = (length - 1) / static_cast<int>(p.unit_tokens);

@@ -11,7 +11,7 @@ namespace {
 constexpr int kTiles = 4, kWarpTokens = kTiles * kTileTokens;
 
 template <class T, int D, int NT>
-__global__ void __launch_bounds__(kThreads) score_tokens_kernel(const __grid_constant__ ScoreTokensParams p) {
+__global__ void __launch_bounds__(kThreads, D * NT <= 128 ? 4 : 2) score_tokens_kernel(const __grid_constant__ ScoreTokensParams p) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = blockIdx.z, head = blockIdx.y;
   const int length = p.cache.table.seq_lens[row];
   const int begin = (blockIdx.x * kWarps + threadIdx.x / 32) * kWarpTokens;

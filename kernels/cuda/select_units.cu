@@ -8,7 +8,7 @@ namespace sparseserve::cuda {
 
 namespace {
 
-__global__ void __launch_bounds__(kBestThreads) select_kernel(const __grid_constant__ SelectParams p) {
+__global__ void __launch_bounds__(kBestThreads, 3) select_kernel(const __grid_constant__ SelectParams p) {
   SPARSESERVE_DYNAMIC_SHARED(raw);
   BestShared& shared = *reinterpret_cast<BestShared*>(raw);
   const int head = blockIdx.x, row = blockIdx.y, unit = static_cast<int>(p.selection.unit_tokens);
