@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparseserve.ops import attend_scratch
+from sparseserve.ops import step_scratch
 from sparseserve.policies.base import Policy
 from sparseserve.types import CPU, HeadShape, LayerPlan, PageTable, Selection, Step, Window
 
@@ -30,20 +30,19 @@ class StepBuffers:
         selection_heads = heads.selection_heads(policy.head_scope)
         unit = policy.selection_unit
         slots = policy.selection_slots(max_len)
-        units = -(-max_len // unit) if policy.scores_units else 0
         self._everything = Selection.empty(rows, 1, 0, unit, device)
         self._selection = Selection.empty(rows, selection_heads, slots, unit, device)
         self._window = _stack(plans, selection_heads, device)
         layers = self._window.sink.shape[0]
         self._windows = torch.zeros(layers, rows, selection_heads, 2, dtype=torch.int32, device=device)
         # Untouched memory costs nothing on the CPU: only the rows and lengths in use are ever written.
-        self._scores = torch.empty(rows, selection_heads, units, device=device)
+        self._scores = torch.empty(rows, selection_heads, policy.scored_units(max_len), device=device)
         self._lse = torch.empty(rows, heads.query_heads, device=device)
         self._attended_dense = torch.zeros(len(plans), rows, 1, dtype=torch.int32, device=device)
         self._attended = torch.zeros(len(plans), rows, selection_heads, dtype=torch.int32, device=device)
-        self._whole = torch.zeros(rows, 1, 1, dtype=torch.int32, device=device)
+        self._whole = torch.zeros(rows, dtype=torch.int32, device=device)
         on_gpu = device.type == "cuda"
-        self._scratch = attend_scratch(rows, heads.query_heads, heads.head_dim, device) if on_gpu else None
+        self._scratch = step_scratch(rows, heads.query_heads, heads.head_dim, device) if on_gpu else None
 
     def step(self, table: PageTable, whole: Tensor | None = None) -> Step:
         """The buffers cut to the rows of `table`; rows that are `whole` [B] bool attend to everything in all layers."""
@@ -53,8 +52,8 @@ class StepBuffers:
         windows = self._windows[:, :rows].copy_(self._window.spans(table.seq_lens))
         lengths = None
         if whole is not None:
-            lengths = self._whole[:rows].copy_((table.seq_lens * whole)[:, None, None])
-            windows.clamp_(min=lengths)
+            lengths = self._whole[:rows].copy_(table.seq_lens * whole)
+            windows.clamp_(min=lengths[:, None, None])
         return Step(
             table=table,
             everything=everything,

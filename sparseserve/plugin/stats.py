@@ -149,7 +149,7 @@ def _tokens(step: Step) -> Tensor:
     """Tokens that every layer would attend to, dense and selected, and tokens resident, [3, L] fp64."""
     attended, attended_dense, resident = step.attended, step.attended_dense, step.table.seq_lens
     if step.whole is not None:
-        chosen = (step.whole == 0)[..., 0]  # [B, 1]
+        chosen = (step.whole == 0)[:, None]  # [B, 1]
         attended, attended_dense, resident = attended * chosen, attended_dense * chosen, resident * chosen[:, 0]
     dense = attended_dense.sum((1, 2), dtype=torch.float64)
     selected = attended.mean(2, dtype=torch.float64).sum(1)

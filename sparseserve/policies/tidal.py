@@ -11,7 +11,7 @@ from torch import Tensor
 from sparseserve import ops
 from sparseserve.errors import MISSING, ConfigError
 from sparseserve.plan import ModelShape
-from sparseserve.policies.base import BudgetPolicy
+from sparseserve.policies.base import ScorePolicy
 from sparseserve.types import LayerPlan, PagedKV, Role, Scope, Step
 
 
@@ -43,7 +43,7 @@ def _scope(value: object) -> object:
     return Scope(value) if value in {scope.value for scope in Scope} else value
 
 
-class Tidal(BudgetPolicy):
+class Tidal(ScorePolicy):
     """Dense before `select_layer`; that layer and `reselect_layer` attend densely and choose for the layers after them.
 
     Tokens are ranked by post-softmax attention mass, summed over the heads that share a selection: the group of a
@@ -54,7 +54,6 @@ class Tidal(BudgetPolicy):
     name: ClassVar[str] = "tidal"
     summary: ClassVar[str] = "Two layers choose tokens by attention mass, the layers between and after reuse them."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.05076"
-    scores_units: ClassVar[bool] = True
 
     select_layer: Annotated[int, Field(ge=0)] = Field(2, description="first selection layer, dense before it")
     reselect_layer: Annotated[int, Field(ge=0)] | None = Field(
@@ -101,8 +100,9 @@ class Tidal(BudgetPolicy):
             scale,
             unit_tokens=self.unit_tokens,
             scores=step.scores,
+            wanted=self.wanted(plan, step),
+            scratch=step.scratch,
         )
-        self.take_best(plan, step)
 
 
 def published_reselection(model: ModelShape) -> int:

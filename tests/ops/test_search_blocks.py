@@ -13,7 +13,7 @@ from sparseserve.reference.attend import attended_tokens
 from sparseserve.reference.paging import logits, row_tokens
 from sparseserve.reference.search import chunk_scores
 from sparseserve.testing.cases import DTYPES, GROUPS, HEAD_DIMS, OPCHECKS, Case, paged_kv, sample_grid
-from sparseserve.types import HeadShape, Scope, Selection
+from sparseserve.types import HeadShape, Scope, Selection, Wanted
 
 GRID = sample_grid(12, dtype=DTYPES, head_dim=HEAD_DIMS, group=GROUPS, page_size=[32, 96, 128],
                    scope=list(Scope))  # fmt: skip
@@ -63,7 +63,7 @@ class Searcher:
         self.function(
             case.query[rows], case.kv.key, case.pages[rows], torch.tensor(lengths, dtype=torch.int32), self.state,
             chunk_tokens=rules.chunk_tokens, stage_tokens=rules.stage_tokens, refresh_steps=rules.refresh_steps,
-            sink=sink, recent=recent, budget=budget, selection=selection,
+            wanted=Wanted(selection, sink, recent, budget),
         )  # fmt: skip
         return selection
 
@@ -312,6 +312,6 @@ def test_opcheck() -> None:
     bounds = (torch.full((1,), tokens, dtype=torch.int32) for tokens in (rules.sink, rules.recent, rules.budget))
     inputs = (
         case.query, case.kv.key, case.pages, case.seq_lens, search.state, rules.chunk_tokens, rules.stage_tokens,
-        rules.refresh_steps, *bounds, selection.spans, selection.units, selection.count,
+        rules.refresh_steps, *bounds, None, selection.spans, selection.units, selection.count,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.sparseserve.search_blocks.default, inputs, test_utils=OPCHECKS)
