@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,10 +13,33 @@ from sparseserve.policies.base import Policy
 from sparseserve.types import CPU, HeadShape, LayerPlan, PageTable, Selection, Step, Window
 
 
+@dataclass(frozen=True, slots=True)
+class StepMemory:
+    """What is large of a step; layers use it one after the other."""
+
+    scores: Tensor  # [B, Hs, T] fp32
+    scratch: Tensor | None  # of `step_scratch`, not on the CPU
+
+    @classmethod
+    def allocate(cls, policy: Policy, heads: HeadShape, rows: int, max_len: int, device: torch.device) -> StepMemory:
+        """For `rows` rows of up to `max_len` tokens."""
+        shape = rows, heads.selection_heads(policy.head_scope), policy.scored_units(max_len)
+        # Untouched memory costs nothing on the CPU: only the rows and lengths in use are ever written.
+        scores = torch.empty(shape, device=device)
+        on_cpu = device.type == "cpu"
+        return cls(scores, None if on_cpu else step_scratch(rows, heads.query_heads, heads.head_dim, device))
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.scores.nbytes + (0 if self.scratch is None else self.scratch.nbytes)
+
+
 class StepBuffers:
     """The buffers of a decode step, allocated once for `rows` rows of `max_len` tokens and the layers of `plans`.
 
-    They stay where they are, as captured CUDA graphs need; the tensors of `plans` must be on `device`.
+    They stay where they are, as captured CUDA graphs need; the tensors of `plans` must be on `device`. `memory`, for as
+    many rows and tokens, may exist already.
     """
 
     def __init__(
@@ -26,6 +50,7 @@ class StepBuffers:
         rows: int,
         max_len: int,
         device: torch.device = CPU,
+        memory: StepMemory | None = None,
     ) -> None:
         selection_heads = heads.selection_heads(policy.head_scope)
         unit = policy.selection_unit
@@ -35,14 +60,11 @@ class StepBuffers:
         self._window = _stack(plans, selection_heads, device)
         layers = self._window.sink.shape[0]
         self._windows = torch.zeros(layers, rows, selection_heads, 2, dtype=torch.int32, device=device)
-        # Untouched memory costs nothing on the CPU: only the rows and lengths in use are ever written.
-        self._scores = torch.empty(rows, selection_heads, policy.scored_units(max_len), device=device)
+        self._memory = memory or StepMemory.allocate(policy, heads, rows, max_len, device)
         self._lse = torch.empty(rows, heads.query_heads, device=device)
         self._attended_dense = torch.zeros(len(plans), rows, 1, dtype=torch.int32, device=device)
         self._attended = torch.zeros(len(plans), rows, selection_heads, dtype=torch.int32, device=device)
         self._whole = torch.zeros(rows, dtype=torch.int32, device=device)
-        on_gpu = device.type == "cuda"
-        self._scratch = step_scratch(rows, heads.query_heads, heads.head_dim, device) if on_gpu else None
 
     def step(self, table: PageTable, whole: Tensor | None = None) -> Step:
         """The buffers cut to the rows of `table`; rows that are `whole` [B] bool attend to everything in all layers."""
@@ -59,12 +81,12 @@ class StepBuffers:
             everything=everything,
             selection=self._selection.rows(rows),
             windows=windows,
-            scores=self._scores[:rows],
+            scores=self._memory.scores[:rows],
             lse=self._lse[:rows],
             attended_dense=self._attended_dense[:, :rows],
             attended=self._attended[:, :rows],
             whole=lengths,
-            scratch=self._scratch,
+            scratch=self._memory.scratch,
         )
 
 

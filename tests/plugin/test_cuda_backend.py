@@ -24,20 +24,26 @@ from cuda_worker import (
     vllm_config,
 )
 from vllm.config import VllmConfig
+from vllm.v1.worker.workspace import (
+    WorkspaceManager,
+    current_workspace_manager,
+    init_workspace_manager,
+    reset_workspace_manager,
+)
 
 from sparseserve import ops
 from sparseserve.config import find_policy
 from sparseserve.errors import UnsupportedError
 from sparseserve.ops import step_scratch
 from sparseserve.plugin import settings, stats
-from sparseserve.plugin.backend_cuda import SparseCUDABackend
+from sparseserve.plugin.backend_cuda import SparseCUDABackend, SparseCUDABuilder
 from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.server.launch import cuda_flags, parse
-from sparseserve.step import StepBuffers
+from sparseserve.step import StepBuffers, StepMemory
 from sparseserve.testing import target
 from sparseserve.testing.bed import Bed
 from sparseserve.testing.target import Layout
-from sparseserve.types import HeadShape, PageTable
+from sparseserve.types import CPU, HeadShape, PageTable
 
 pytestmark = pytest.mark.vllm
 
@@ -217,8 +223,9 @@ def test_scratch_serves_steps_of_any_number_of_rows(layout: str) -> None:
     shape = model_shape()
     bed = Bed(Dense(), shape, LENGTHS).fill(key, value)
     heads, kv = shape.heads, bed.layers[0].kv
-    buffers = StepBuffers(Dense(), Dense().plans(shape), heads, len(LENGTHS), MAX_LEN)
-    buffers._scratch = step_scratch(len(LENGTHS), heads.query_heads, heads.head_dim, torch.device("cpu"))
+    scratch = step_scratch(len(LENGTHS), heads.query_heads, heads.head_dim, CPU)
+    memory = StepMemory(torch.empty(len(LENGTHS), 1, 0), scratch)
+    buffers = StepBuffers(Dense(), Dense().plans(shape), heads, len(LENGTHS), MAX_LEN, CPU, memory)
     for rows in (1, 6, 2, 6):
         lengths = torch.tensor(LENGTHS[:rows], dtype=torch.int32)
         step = buffers.step(PageTable(bed.pages[:rows], lengths))
@@ -228,6 +235,46 @@ def test_scratch_serves_steps_of_any_number_of_rows(layout: str) -> None:
             *(chosen.unit_tokens, 0.125, out, step.lse, step.attended_dense[0], step.scratch),
         )
         assert torch.equal(out, bed.decode(query).out[0, :rows])
+
+
+@pytest.fixture
+def workspace() -> Iterator[WorkspaceManager]:
+    """What a worker starts with."""
+    init_workspace_manager(torch.device("cpu"))
+    yield current_workspace_manager()
+    reset_workspace_manager()
+
+
+def test_the_profiling_run_allocates_what_the_builder_takes(
+    start: Callable[..., Worker], workspace: WorkspaceManager
+) -> None:
+    worker = start(POLICIES["tidal"])  # its builder has taken memory of the workspace before
+    init_workspace_manager(torch.device("cpu"))  # as if only the layers were there
+    query = torch.ones(3, 4, 64, dtype=torch.bfloat16)
+    for layer in range(LAYERS):
+        assert not worker.forward(layer, None, query, query[:, :2], query[:, :2]).any()
+    current_workspace_manager().lock()
+    builder = SparseCUDABuilder(worker.spec, [layer.layer_name for layer in worker.layers], worker.config, CPU)
+    (memory,) = current_workspace_manager()._persistent_resources[0].values()
+    step = builder.build_for_cudagraph_capture(DECODE.metadata(torch.zeros(8, 7, dtype=torch.int32), "cpu")).step
+    assert step.scores.data_ptr() == memory.scores.data_ptr() and memory.nbytes == 8 * 2 * MAX_LEN * 4
+
+
+def test_too_little_memory_is_told(start: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = start(POLICIES["tidal"])
+    allocate = StepMemory.allocate
+
+    def full(*arguments: Any) -> StepMemory:
+        if arguments[-1].type == "meta":
+            return allocate(*arguments)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(StepMemory, "allocate", full)
+    told = r"--max-num-seqs = 8 .*up to 448 tokens take 0\.00 GiB under tidal.*--max-model-len, or --set unit_tokens=32"
+    with pytest.raises(UnsupportedError, match=told):
+        worker.builder.bind(POLICIES["tidal"])
+    with pytest.raises(UnsupportedError, match=r"a smaller --max-num-seqs or --max-model-len\.$"):
+        worker.builder.bind(POLICIES["dense"])
 
 
 @pytest.mark.parametrize("name", ["LBHNC", "LBNHC"])
