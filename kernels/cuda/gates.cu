@@ -71,7 +71,7 @@ __device__ __forceinline__ void pool(int tokens, Value value, float* pooled, int
 
 // A block for each token and KV head, most of which have nothing to do; a thread for each dim.
 template <class T>
-__global__ void __launch_bounds__(256, 1) summarize_gates_kernel(const __grid_constant__ SummarizeGatesParams p) {
+__global__ void __launch_bounds__(256) summarize_gates_kernel(const __grid_constant__ SummarizeGatesParams p) {
   const Written& from = p.written;
   if (!from.completes_unit(blockIdx.x)) return;
   SPARSESERVE_DYNAMIC_SHARED(shared);

@@ -105,7 +105,7 @@ class BlockSearch {
     limit_ = length_ - max(0, p_.wanted.recent[head_] - static_cast<int>(p_.chunk_tokens[0]));
     draw(length_ - 1 - page * page_size);
     const int first = shared_.first, stage = shared_.ticket / parts_;
-    if (first == kSearchStages) return blockIdx.x == 0 ? write_selection() : void();
+    if (first == kSearchStages && blockIdx.x == 0) write_selection();
     if (stage < first) return;
     if (stage > first) wait_for(stage);
     search(stage, stage == 0 ? 1 : state_[stage]);

@@ -118,8 +118,9 @@ def _routed(pages: Layout, op: Callable[[str], Callable[..., None]]) -> Iterator
     library: Any = torch.library.Library("sparseserve", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
+        scratch = functools.cache(step_scratch)  # from call to call, as a step has it
         for name in SCHEMAS:
-            library.impl(name, _with_room(name, op(name)), "CPU", allow_override=True)
+            library.impl(name, _with_room(name, op(name), scratch), "CPU", allow_override=True)
     token = _LAYOUT.set(pages)
     try:
         yield
@@ -128,7 +129,7 @@ def _routed(pages: Layout, op: Callable[[str], Callable[..., None]]) -> Iterator
         library._destroy()
 
 
-def _with_room(name: str, op: Callable[..., None]) -> Callable[..., None]:
+def _with_room(name: str, op: Callable[..., None], scratch: Callable[..., Tensor]) -> Callable[..., None]:
     """The op with the memory that CUDA needs and the CPU does not: scratch, and scores of `search_blocks`."""
     schema = getattr(torch.ops.sparseserve, name).default._schema
     at = {argument.name: index for index, argument in enumerate(schema.arguments)}
@@ -138,8 +139,7 @@ def _with_room(name: str, op: Callable[..., None]) -> Callable[..., None]:
     def call(*arguments: Any) -> None:
         values = [*arguments, *[None] * (len(at) - len(arguments))]
         query = values[at["query"]]
-        rows, heads, dim = query.shape
-        values[at["scratch"]] = step_scratch(rows, heads, dim, query.device)
+        values[at["scratch"]] = scratch(*query.shape, query.device)
         if name == "search_blocks":
             values[at["scores"]] = query.new_empty((*values[at["count"]].shape, CHUNKS), dtype=torch.float32)
         op(*values)

@@ -237,6 +237,17 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
             assert torch.equal(selection.units[at], expected.units[0])
 
 
+def test_how_many_blocks_share_a_row_changes_nothing(isa: str) -> None:
+    """On CUDA a row alone is searched by more blocks than one of many."""
+    rows, row = 40, 7
+    case = whole_numbers([600] * rows, HeadShape(2, 8, 64))
+    together, alone = Searcher(ops.search_blocks, case), Searcher(ops.search_blocks, case)
+    for length in (560, 561, 564, 568):
+        selection, expected = together([length] * rows), alone([length], [row])
+        assert torch.equal(selection.units[row], expected.units[0])
+        assert torch.equal(together.memory(row, length), alone.memory(row, length))
+
+
 def test_threads_change_nothing() -> None:
     case = whole_numbers([6000, 5000], page_size=128)
     rules = Rules(stage_tokens=(4096, 1024), budget=600)
