@@ -242,7 +242,7 @@ def test_how_many_blocks_share_a_row_changes_nothing(isa: str) -> None:
     rows, row = 40, 7
     case = whole_numbers([600] * rows, HeadShape(2, 8, 64))
     together, alone = Searcher(ops.search_blocks, case), Searcher(ops.search_blocks, case)
-    for length in (560, 561, 564, 568):
+    for length in (560, 564):
         selection, expected = together([length] * rows), alone([length], [row])
         assert torch.equal(selection.units[row], expected.units[0])
         assert torch.equal(together.memory(row, length), alone.memory(row, length))
