@@ -41,6 +41,20 @@ def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> 
         attended=attended[plan.layer],
         scratch=step.scratch,
     )
+    if step.recall is not None and not plan.dense_output:
+        _measure_recall(layer, step, query, step.recall[plan.layer])
     layer.policy.after_attend(query, layer.kv, layer.summary, plan, step, layer.scale, out)
     if selects and plan.dense_output:
         layer.policy.select(query, layer.kv, layer.summary, plan, step, layer.scale)
+
+
+def _measure_recall(layer: SparseLayer, step: Step, query: Tensor, recall: Tensor) -> None:
+    """Write the share of the softmax mass that the latest attend kept, the mean over query heads, into `recall` [B].
+
+    exp(lse - lse of everything); a row of padding has no mass and gives NaN.
+    """
+    table = step.table
+    _, everything = ops.attend(
+        query, layer.kv, table.pages, table.seq_lens, step.everything, layer.scale, scratch=step.scratch
+    )
+    recall.copy_((step.lse - everything).exp().mean(1))

@@ -5,7 +5,10 @@ SparseServeError
 │   └── PolicyErrors      everything that is wrong with one policy
 ├── UnsupportedError      right by itself, but not with this model, flag or machine
 ├── KernelsNotBuiltError  the compiled kernels are missing
-└── ArtifactError         an artifact cannot be read or does not fit the model
+├── ArtifactError         an artifact cannot be read or does not fit the model
+├── FileError             a file cannot be written
+├── CalibrationError      a model cannot be calibrated, or its numbers make no sense
+└── TuningError           what was measured does not tell which policy to serve
 """
 
 from __future__ import annotations
@@ -94,6 +97,18 @@ class KernelsNotBuiltError(SparseServeError):
 
 class ArtifactError(SparseServeError):
     """An artifact cannot be read or does not fit the model."""
+
+
+class FileError(SparseServeError):
+    """A file cannot be written."""
+
+
+class CalibrationError(SparseServeError):
+    """A model cannot be calibrated, or its numbers make no sense."""
+
+
+class TuningError(SparseServeError):
+    """What was measured does not tell which policy to serve."""
 
 
 def policy_errors(error: ValidationError, model: type[BaseModel], where: Callable[[str], str]) -> PolicyErrors:

@@ -65,6 +65,8 @@ class StepBuffers:
         self._attended_dense = torch.zeros(len(plans), rows, 1, dtype=torch.int32, device=device)
         self._attended = torch.zeros(len(plans), rows, selection_heads, dtype=torch.int32, device=device)
         self._whole = torch.zeros(rows, dtype=torch.int32, device=device)
+        # Layers with dense output keep everything and never write theirs.
+        self._recall = torch.ones(len(plans), rows, device=device) if policy.measure_recall else None
 
     def step(self, table: PageTable, whole: Tensor | None = None) -> Step:
         """The buffers cut to the rows of `table`; rows that are `whole` [B] bool attend to everything in all layers."""
@@ -87,6 +89,7 @@ class StepBuffers:
             attended=self._attended[:, :rows],
             whole=lengths,
             scratch=self._memory.scratch,
+            recall=None if self._recall is None else self._recall[:, :rows],
         )
 
 

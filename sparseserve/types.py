@@ -198,6 +198,7 @@ class Step:
     attended: Tensor  # [L, B, Hs] int32, tokens attended by the other layers
     whole: Tensor | None = None  # [B] int32, the length of rows that attend to everything, 0 for the others
     scratch: Tensor | None = None  # where blocks meet, on CUDA
+    recall: Tensor | None = None  # [L, B] fp32, softmax mass that a layer keeps, mean over query heads; when measured
 
     def attends_to(self, plan: LayerPlan) -> Selection:
         """What a layer attends to, once its selection is made."""

@@ -151,6 +151,7 @@ def test_the_published_schema_is_up_to_date() -> None:
 def test_the_schema_accepts_and_refuses_what_we_do(policy_file: Callable[[str], str]) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     entries = [{"policy": "quest", "bound": "min_max"}, {"policy": "tidal", "reselect_layer": 4}, {"policy": "dense"}]
+    entries += [{"policy": "tidal", "reselect_layer": [4, 9]}]
     bad = [{"policy": "moa"}, {"policy": "quest", "budget_tokens": 0}, {"policy": "qest"}, {"bound": "min_max"}]
     for entry in entries:
         jsonschema.validate({"models": {"*": entry}}, policy_file_schema())

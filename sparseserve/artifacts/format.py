@@ -16,6 +16,7 @@ from torch import Tensor
 from sparseserve.artifacts.artifact import Artifact, Kind
 from sparseserve.artifacts.read import MAX_HEADS, MAX_LAYERS, MAX_TENSOR_BYTES, check_size, parse, parse_json, refuse
 from sparseserve.artifacts.schema import validate
+from sparseserve.files import write_atomically
 
 FORMAT = "sparseserve-artifact/1"
 OURS = "an artifact that `sparseserve convert` or `sparseserve calibrate` wrote"
@@ -63,10 +64,7 @@ def save(artifact: Artifact, path: str | Path) -> None:
     }
     tensors = {name: tensor.contiguous() for name, tensor in artifact.tensors.items()}
     data = to_safetensors(tensors, {key: str(value) for key, value in metadata.items() if value is not None})
-    try:
-        Path(path).write_bytes(_sorted_header(data))
-    except OSError as error:
-        refuse(path, "file", error.strerror, "a file that can be written", "check the path and its permissions")
+    write_atomically(path, _sorted_header(data))
 
 
 def load_ours(path: Path) -> Artifact:

@@ -8,7 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from sparseserve.cli import convert, demo, doctor, explain, inspect, policies, serve
+from sparseserve.cli import calibrate, convert, demo, doctor, explain, inspect, policies, serve, tune
+from sparseserve.cli.eval import evaluate
 from sparseserve.errors import SparseServeError
 
 
@@ -36,6 +37,9 @@ VLLM_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True}
 VLLM_OPTIONS = "MODEL [OPTIONS] [any option of vllm serve]"
 app.command(context_settings=VLLM_ARGUMENTS, options_metavar=VLLM_OPTIONS)(serve.serve)
 app.command(context_settings=VLLM_ARGUMENTS, options_metavar=VLLM_OPTIONS)(explain.explain)
+app.command("eval", context_settings=VLLM_ARGUMENTS, options_metavar=VLLM_OPTIONS)(evaluate)
+app.command(context_settings=VLLM_ARGUMENTS, options_metavar=VLLM_OPTIONS)(tune.tune)
+app.add_typer(calibrate.app, name="calibrate")
 app.command()(policies.policies)
 app.command()(convert.convert)
 app.command()(inspect.inspect)

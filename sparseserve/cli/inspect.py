@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from sparseserve.cli.convert import LENGTH
+from sparseserve.cli.extras import need
 from sparseserve.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from sparseserve.artifacts import Artifact
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -81,27 +80,13 @@ def _bar(value: float) -> str:
 
 def _draw(artifact: Artifact, length: int, path: Path) -> None:
     """Write the layer x head map as an image."""
-    from sparseserve.artifacts import head_map
+    need("calibrate", "matplotlib")
+    from sparseserve.artifacts.drawing import draw_heads
 
-    values, meaning = head_map(artifact, length)
-    figure = _figure(values, meaning, artifact.model or artifact.source, path)
+    figure = draw_heads(artifact, length, artifact.model or artifact.source)
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
         raise ConfigError(
             "--plot", path, "an image that can be written, such as heads.png", remedy=str(error)
         ) from None
-
-
-def _figure(values: Tensor, meaning: str, title: str, path: Path) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        remedy = 'pip install "sparseserve[calibrate]"'
-        raise ConfigError("--plot", path, "matplotlib, which is not installed", remedy=remedy) from None
-    layers, heads = values.shape
-    figure = Figure(figsize=(2.5 + 0.16 * heads, 1.5 + 0.16 * layers), layout="constrained")
-    axes = figure.add_subplot(xlabel="head", ylabel="layer", title=title)
-    image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", vmin=0)
-    figure.colorbar(image, label=meaning)
-    return figure

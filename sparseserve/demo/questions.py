@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
@@ -42,26 +43,47 @@ def prose(tokens: int, start: int = 0) -> str:
 def ask(tokens: int, depth: float, seed: int, distractors: int = 3, value_length: int = 8) -> Question:
     """A question of `tokens` tokens whose needle starts at `depth` (0 to 1) of the document."""
     draw = random.Random(f"{tokens} {depth} {seed} {distractors}")
-    names: dict[str, str] = {}
-    while len(names) <= distractors:
-        names[_name(draw)] = "".join(draw.choices(_VALUE, k=value_length))
-    (name, value), *others = names.items()
-    needles = [f" The pass key of {n} is {v}. " for n, v in names.items()]
-    question = f"\nThe pass key of {name} is "
+    (name, value), *others = keys = pass_keys(draw, 1 + distractors, value_length)
+    needles = [statement(*key) for key in keys]
+    question = asking(name)
 
     room = tokens - 1 - len(question) - sum(map(len, needles))
     if room < 0:
         raise ValueError(f"{tokens} tokens leave no room for {len(needles)} needles and the question")
     text = prose(room, draw.randrange(len(_library_text())))
     places = [depth, *(draw.random() for _ in others)]
-    document, end = "", 0
-    for place, needle in sorted(zip(places, needles, strict=True)):
-        start, end = end, round(place * room)
-        document += text[start:end] + needle
-    prompt = document + text[end:] + question
+    prompt = scatter(text, zip(places, needles, strict=True)) + question
     return Question(prompt, value + ".", 1 + prompt.index(needles[0]) + needles[0].index(value))
 
 
-def _name(draw: random.Random) -> str:
+def scatter(text: str, pieces: Iterable[tuple[float, str]]) -> str:
+    """The text with pieces put in, each where that part of it (0 to 1) ends."""
+    document, end = "", 0
+    for place, piece in sorted(pieces):
+        start, end = end, round(place * len(text))
+        document += text[start:end] + piece
+    return document + text[end:]
+
+
+def pass_keys(draw: random.Random, count: int, value_length: int = 8) -> list[tuple[str, str]]:
+    """So many names, all different, each with a value of capitals and digits."""
+    keys: dict[str, str] = {}
+    while len(keys) < count:
+        keys[invented_name(draw)] = "".join(draw.choices(_VALUE, k=value_length))
+    return list(keys.items())
+
+
+def statement(name: str, value: str) -> str:
+    """The needle."""
+    return f" The pass key of {name} is {value}. "
+
+
+def asking(name: str) -> str:
+    """The question, which the value answers."""
+    return f"\nThe pass key of {name} is "
+
+
+def invented_name(draw: random.Random) -> str:
+    """Five to eight letters that can be spoken, the first a capital."""
     letters = [draw.choice("aeiou" if i % 2 else "bcdfghjklmnprstvz") for i in range(draw.randint(5, 8))]
     return "".join(letters).capitalize()

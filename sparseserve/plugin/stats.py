@@ -11,7 +11,7 @@ from time import monotonic
 from weakref import WeakSet
 
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Summary
 from torch import Tensor
 from vllm.v1.kv_cache_interface import AttentionSpec
 
@@ -47,6 +47,23 @@ DECODE_ROWS = Counter(
 DENSE_ROWS = Counter(
     "sparseserve_dense_rows", "Rows that took vLLM's own attention, by reason.", ["policy", "reason"], registry=WORKER
 )
+
+
+class Sums(Summary):
+    """A summary that takes many observations at once, which prometheus-client's own does not."""
+
+    def add(self, total: float, count: float) -> None:
+        """Add `count` observations with the sum `total`."""
+        self._sum.inc(total)
+        self._count.inc(count)
+
+
+RECALL = Sums(
+    "sparseserve_attention_recall",
+    "Share of the softmax mass that a layer's selection keeps, one observation per decoded row, mean over query heads.",
+    ["policy", "layer"],
+    registry=WORKER,
+)
 KV_BYTES = Gauge(
     "sparseserve_kv_bytes",
     "Bytes of the KV cache by what they hold.",
@@ -61,6 +78,8 @@ class Meter:
 
     def __init__(self, policy: Policy, plans: list[LayerPlan]) -> None:
         self._policy = policy.name
+        measured = plans if policy.measure_recall else []
+        self._recalls = {plan.layer: RECALL.labels(policy.name, plan.layer) for plan in measured}
         self._layers = {role: [plan for plan in plans if plan.role is role] for role in Role}
         INFO.labels(**self._labels(), policy=policy.name, version=version("sparseserve")).set(1)
         for role in Role:
@@ -87,16 +106,18 @@ class Meter:
 
     def count_tokens(self, step: Step) -> None:
         """Count what `attend` wrote into the step's buffers."""
-        self._publish(_tokens(step))
+        self._publish(_numbers(step))
 
     def _publish(self, tokens: Tensor) -> None:
-        dense, selected, resident = tokens.tolist()
+        dense, selected, resident, *recall = tokens.tolist()
         for role, plans in self._layers.items():
             if not plans:
                 continue
             attended = sum((dense if plan.dense_output else selected)[plan.layer] for plan in plans)
             ATTENDED.labels(self._policy, role.value).inc(attended)
             RESIDENT.labels(self._policy, role.value).inc(resident[0] * len(plans))
+        for layer, child in self._recalls.items():
+            child.add(recall[0][layer], recall[1][layer])
 
 
 _COUNTING: WeakSet[CudaMeter] = WeakSet()  # whose numbers `snapshot` asks for
@@ -113,9 +134,10 @@ class CudaMeter(Meter):
     def __init__(self, policy: Policy, plans: list[LayerPlan], layers: int, device: torch.device, runner: str) -> None:
         self._device, self._runner = device, runner
         super().__init__(policy, plans)
-        self._counted = torch.zeros(3, layers, dtype=torch.float64, device=device)
-        self._arrived = torch.zeros(3, layers, dtype=torch.float64, pin_memory=device.type == "cuda")
-        self._published = torch.zeros(3, layers, dtype=torch.float64)
+        numbers = 5 if policy.measure_recall else 3  # of `_numbers`
+        self._counted = torch.zeros(numbers, layers, dtype=torch.float64, device=device)
+        self._arrived = torch.zeros(numbers, layers, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._published = torch.zeros(numbers, layers, dtype=torch.float64)
         self._due = 0.0
         _COUNTING.add(self)
 
@@ -125,7 +147,7 @@ class CudaMeter(Meter):
         return {"backend": "CUSTOM", "runner": self._runner, "isa": isa}
 
     def count_tokens(self, step: Step) -> None:
-        self._counted += _tokens(step)
+        self._counted += _numbers(step)
 
     def report(self) -> None:
         """Publish what arrived since the last time, if that is a second ago, and ask for more."""
@@ -145,15 +167,23 @@ class CudaMeter(Meter):
         self._publish(new)
 
 
-def _tokens(step: Step) -> Tensor:
-    """Tokens that every layer would attend to, dense and selected, and tokens resident, [3, L] fp64."""
+def _numbers(step: Step) -> Tensor:
+    """Tokens that every layer would attend to, dense and selected, and tokens resident, [3, L] fp64.
+
+    Where recall is measured two more: its sum over the rows, and the rows.
+    """
     attended, attended_dense, resident = step.attended, step.attended_dense, step.table.seq_lens
+    chosen = resident > 0  # [B]
     if step.whole is not None:
-        chosen = (step.whole == 0)[:, None]  # [B, 1]
-        attended, attended_dense, resident = attended * chosen, attended_dense * chosen, resident * chosen[:, 0]
+        chosen = chosen & (step.whole == 0)
+        attended, attended_dense = attended * chosen[:, None], attended_dense * chosen[:, None]
+        resident = resident * chosen
     dense = attended_dense.sum((1, 2), dtype=torch.float64)
     selected = attended.mean(2, dtype=torch.float64).sum(1)
-    return torch.stack([dense, selected, resident.sum(dtype=torch.float64).expand_as(dense)])
+    numbers = [dense, selected, resident.sum(dtype=torch.float64)]
+    if step.recall is not None:
+        numbers += [torch.where(chosen, step.recall, 0).sum(1, dtype=torch.float64), chosen.sum(dtype=torch.float64)]
+    return torch.stack([number.expand_as(dense) for number in numbers])
 
 
 Snapshot = list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]

@@ -31,6 +31,9 @@ class Policy(BaseModel, ABC):
     summary_dtype: ClassVar[torch.dtype | None] = None  # of the page summaries; the cache's without
 
     min_tokens: Tokens = Field(1024, description="rows of at most this many tokens take vLLM's own attention")
+    measure_recall: bool = Field(
+        False, description="also attend to everything, to measure the softmax mass that each layer keeps; slow"
+    )
 
     @property
     def head_scope(self) -> Scope:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from sparseserve import ops
@@ -43,6 +45,25 @@ def _scope(value: object) -> object:
     return Scope(value) if value in {scope.value for scope in Scope} else value
 
 
+def _layers(value: object) -> object:
+    # files and flags give one layer or a list; strict models take tuples only
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _ascending(layers: tuple[int, ...]) -> tuple[int, ...]:
+    if not layers or any(a >= b for a, b in pairwise(layers)):
+        raise PydanticCustomError("layers", "Input should be a layer such as 13, or ascending ones such as [9, 18]")
+    return layers
+
+
+Layer = Annotated[int, Field(ge=0)]
+Layers = Annotated[
+    tuple[Layer, ...],
+    BeforeValidator(_layers, json_schema_input_type=Layer | Annotated[list[Layer], Field(min_length=1)]),
+    AfterValidator(_ascending),
+]
+
+
 class Tidal(ScorePolicy):
     """Dense before `select_layer`; that layer and `reselect_layer` attend densely and choose for the layers after them.
 
@@ -55,9 +76,9 @@ class Tidal(ScorePolicy):
     summary: ClassVar[str] = "Two layers choose tokens by attention mass, the layers between and after reuse them."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.05076"
 
-    select_layer: Annotated[int, Field(ge=0)] = Field(2, description="first selection layer, dense before it")
-    reselect_layer: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="second selection layer; without it the one published for the model"
+    select_layer: Layer = Field(2, description="first selection layer, dense before it")
+    reselect_layer: Layers | None = Field(
+        None, description="second selection layer, or a list of more; without it the one published for the model"
     )
     scope: Annotated[Scope, BeforeValidator(_scope)] = Field(Scope.KV_HEAD, description="heads that share a selection")
     unit_tokens: Literal[1, 16, 32, 64] = Field(1, description="tokens per unit of the selection")
@@ -72,14 +93,15 @@ class Tidal(ScorePolicy):
 
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         model.check_layer("select_layer", self.select_layer)
-        reselect_layer = published_reselection(model) if self.reselect_layer is None else self.reselect_layer
-        model.check_layer("reselect_layer", reselect_layer, first=self.select_layer)
-        return tuple(self._plan(layer, reselect_layer, model) for layer in range(model.layers))
+        layers = (published_reselection(model),) if self.reselect_layer is None else self.reselect_layer
+        for layer in layers:
+            model.check_layer("reselect_layer", layer, first=self.select_layer)
+        return tuple(self._plan(layer, {self.select_layer, *layers}, model) for layer in range(model.layers))
 
-    def _plan(self, layer: int, reselect_layer: int, model: ModelShape) -> LayerPlan:
+    def _plan(self, layer: int, selecting: set[int], model: ModelShape) -> LayerPlan:
         if layer < self.select_layer:
             return LayerPlan(layer, Role.DENSE, dense_output=True)
-        if layer in (self.select_layer, reselect_layer):
+        if layer in selecting:
             return self.select_plan(layer, model.heads, dense_output=True)
         return LayerPlan(layer, Role.REUSE)
 
@@ -116,5 +138,5 @@ def published_reselection(model: ModelShape) -> int:
         "reselect_layer",
         MISSING,
         allowed=f"a layer up to {model.layers - 1} for {model.name}; published are {known}",
-        remedy="give --set reselect_layer=N; measure which N answers best",
+        remedy="give --set reselect_layer=N; measure N with sparseserve calibrate tidal MODEL -o policy.yaml",
     )

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 
+from sparseserve.server.supervise import stop_with_parent
+
 STARTUP_TIMEOUT = 240.0  # seconds
 SERVE = [sys.executable, "-m", "sparseserve", "serve"]
 
@@ -59,12 +61,17 @@ class Server:
 
 @contextmanager
 def running(command: Sequence[str], log: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """Start `command` with a free `--port`, wait until it is healthy, stop it at the end."""
+    """Start `command` with a free `--port`, wait until it is healthy, stop it at the end, also at our own."""
     port = _free_port()
     full = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            full, stdout=output, stderr=subprocess.STDOUT, env=os.environ | (env or {}), start_new_session=True
+            full,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | (env or {}),
+            start_new_session=True,
+            preexec_fn=stop_with_parent,
         )
         server = Server(f"http://127.0.0.1:{port}", process, log)
         try:

@@ -24,6 +24,7 @@ class Outcome:
     masks: list[Tensor]  # per layer [B, Hs, T] bool, tokens attended to
     selections: list[Selection]  # per layer, copies
     attended: list[Tensor]  # per layer [B, Hs] int32, as the kernel counted
+    recall: Tensor | None  # [L, B] fp32, where the policy measures it
 
 
 class Bed:
@@ -91,7 +92,7 @@ class Bed:
         seq_lens = torch.tensor([self.lengths[row] for row in rows], dtype=torch.int32)
         step = self.buffers.step(PageTable(self.pages[rows], seq_lens))
         self.policy.prepare(step, self.model)
-        outcome = Outcome(torch.zeros_like(query[:, rows]), [], [], [])
+        outcome = Outcome(torch.zeros_like(query[:, rows]), [], [], [], step.recall)
         for layer, out in zip(self.layers, outcome.out, strict=True):
             decode_layer(layer, step, query[layer.plan.layer, rows], out)
             dense = layer.plan.dense_output

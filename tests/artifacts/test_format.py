@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from sparseserve.artifacts import Artifact, load, save
-from sparseserve.errors import ArtifactError
+from sparseserve.errors import ArtifactError, FileError
 
 RETRIEVAL = {
     "scores": "sparseserve",
@@ -164,5 +164,5 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: Callable[[bytes], byt
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="check the path"):
+    with pytest.raises(FileError, match="check the path"):
         save(moa(), tmp_path / "nowhere" / "plan.safetensors")

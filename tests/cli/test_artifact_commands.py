@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -115,7 +114,7 @@ def test_inspect_draws_the_head_map(plan: Path, tmp_path: Path) -> None:
 
 
 def test_inspect_names_the_extra_that_draws(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr("sparseserve.cli.extras.find_spec", lambda name: None)
     code, output = run("inspect", plan, "--plot", tmp_path / "heads.png")
     assert code == 2
     assert 'pip install "sparseserve[calibrate]"' in output

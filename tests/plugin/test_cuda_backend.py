@@ -24,19 +24,13 @@ from cuda_worker import (
     vllm_config,
 )
 from vllm.config import VllmConfig
-from vllm.v1.worker.workspace import (
-    WorkspaceManager,
-    current_workspace_manager,
-    init_workspace_manager,
-    reset_workspace_manager,
-)
 
 from sparseserve import ops
 from sparseserve.config import find_policy
 from sparseserve.errors import UnsupportedError
 from sparseserve.ops import step_scratch
 from sparseserve.plugin import settings, stats
-from sparseserve.plugin.backend_cuda import SparseCUDABackend, SparseCUDABuilder
+from sparseserve.plugin.backend_cuda import SparseCUDABackend
 from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.server.launch import cuda_flags, parse
 from sparseserve.step import StepBuffers, StepMemory
@@ -53,6 +47,7 @@ POLICIES: dict[str, Policy] = {
     "dense": Dense(min_tokens=200),
     "streaming": Streaming(sink_tokens=16, recent_tokens=112, min_tokens=200),
     "quest": Quest(**COMMON, dense_layers=1),
+    "quest-recall": Quest(**COMMON, dense_layers=1, measure_recall=True),
     "tidal": Tidal(**COMMON, select_layer=1, reselect_layer=1),
     "hip": Hip(**COMMON, **HIP),
     "s2": S2(local_blocks=2, stride=2, min_tokens=200),
@@ -213,6 +208,7 @@ def test_every_step_has_the_same_buffers(start: Callable[..., Worker], policy: P
         chosen = step.selection, step.everything
         buffers = [part for each in chosen for part in (each.spans, each.units, each.count)]
         buffers += [step.windows, step.scores, step.lse, step.attended, step.attended_dense, step.whole]
+        buffers += [] if step.recall is None else [step.recall]
         return [buffer.data_ptr() for buffer in buffers]
 
     assert addresses([1, 1, 1, 1]) == addresses([448, 3, 300, 150])
@@ -237,46 +233,6 @@ def test_scratch_serves_steps_of_any_number_of_rows(layout: str) -> None:
         assert torch.equal(out, bed.decode(query).out[0, :rows])
 
 
-@pytest.fixture
-def workspace() -> Iterator[WorkspaceManager]:
-    """What a worker starts with."""
-    init_workspace_manager(torch.device("cpu"))
-    yield current_workspace_manager()
-    reset_workspace_manager()
-
-
-def test_the_profiling_run_allocates_what_the_builder_takes(
-    start: Callable[..., Worker], workspace: WorkspaceManager
-) -> None:
-    worker = start(POLICIES["tidal"])  # its builder has taken memory of the workspace before
-    init_workspace_manager(torch.device("cpu"))  # as if only the layers were there
-    query = torch.ones(3, 4, 64, dtype=torch.bfloat16)
-    for layer in range(LAYERS):
-        assert not worker.forward(layer, None, query, query[:, :2], query[:, :2]).any()
-    current_workspace_manager().lock()
-    builder = SparseCUDABuilder(worker.spec, [layer.layer_name for layer in worker.layers], worker.config, CPU)
-    (memory,) = current_workspace_manager()._persistent_resources[0].values()
-    step = builder.build_for_cudagraph_capture(DECODE.metadata(torch.zeros(8, 7, dtype=torch.int32), "cpu")).step
-    assert step.scores.data_ptr() == memory.scores.data_ptr() and memory.nbytes == 8 * 2 * MAX_LEN * 4
-
-
-def test_too_little_memory_is_told(start: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = start(POLICIES["tidal"])
-    allocate = StepMemory.allocate
-
-    def full(*arguments: Any) -> StepMemory:
-        if arguments[-1].type == "meta":
-            return allocate(*arguments)
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(StepMemory, "allocate", full)
-    told = r"--max-num-seqs = 8 .*up to 448 tokens take 0\.00 GiB under tidal.*--max-model-len, or --set unit_tokens=32"
-    with pytest.raises(UnsupportedError, match=told):
-        worker.builder.bind(POLICIES["tidal"])
-    with pytest.raises(UnsupportedError, match=r"a smaller --max-num-seqs or --max-model-len\.$"):
-        worker.builder.bind(POLICIES["dense"])
-
-
 @pytest.mark.parametrize("name", ["LBHNC", "LBNHC"])
 def test_pages_have_room_for_summaries_in_both_layouts(start: Callable[..., Worker], name: str) -> None:
     worker = start(POLICIES["quest"], layout=name)
@@ -295,11 +251,13 @@ def test_pages_have_room_for_summaries_in_both_layouts(start: Callable[..., Work
 
 def test_tokens_are_counted_without_waiting(start: Callable[..., Worker], layout: str) -> None:
     query, key, value = data()
-    policy = POLICIES["quest"]
+    policy = POLICIES["quest-recall"]
     bed = Bed(policy, model_shape(), LENGTHS).fill(key, value)
     worker = start(policy, layout=layout)
     pages = page_table(bed)
     filled(worker, pages, key, value)
+    recall = stats.RECALL.labels("quest", 1)
+    kept, rows = recall._sum.get(), recall._count.get()
     select = stats.ATTENDED.labels("quest", "select"), stats.RESIDENT.labels("quest", "select")
     stats.snapshot()
     before = [counter._value.get() for counter in select]
@@ -308,8 +266,11 @@ def test_tokens_are_counted_without_waiting(start: Callable[..., Worker], layout
     stepped(worker, worker.builder.build(0, common), common.slot_mapping, *padded)
     assert [counter._value.get() for counter in select] == before
     stats.snapshot()
-    attended = sum(float(layer[: len(LONG)].double().mean(1).sum()) for layer in bed.decode(query).attended[1:])
+    expected = bed.decode(query)
+    attended = sum(float(layer[: len(LONG)].double().mean(1).sum()) for layer in expected.attended[1:])
     assert [counter._value.get() for counter in select] == [before[0] + attended, before[1] + 2 * sum(LONG)]
+    assert recall._count.get() - rows == len(LONG)
+    assert recall._sum.get() - kept == pytest.approx(float(expected.recall[1, : len(LONG)].sum()))
 
 
 def cuda_config(**changes: Any) -> Any:

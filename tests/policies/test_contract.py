@@ -42,7 +42,7 @@ CASES: dict[str, Policy] = {
     "tidal": Tidal(**TIDAL),
     "tidal-query_head": Tidal(**TIDAL, scope=Scope.QUERY_HEAD),
     "tidal-all_heads": Tidal(**TIDAL, scope=Scope.ALL_HEADS),
-    "tidal-units": Tidal(**TIDAL, unit_tokens=16),
+    "tidal-units": Tidal(**TIDAL | {"reselect_layer": [2, 4]}, unit_tokens=16),
     "moa": Moa(artifact=MOA, sink_tokens=SINK, minimum_tokens=32),
     "retrieval": Retrieval(artifact=HEADS, sink_tokens=SINK, recent_tokens=BUDGET - SINK),
     "retrieval-compensate": Retrieval(artifact=HEADS, sink_tokens=SINK, recent_tokens=64, compensate=True),

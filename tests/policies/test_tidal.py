@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sparseserve.config import from_dict, load_policy, to_dict
 from sparseserve.errors import ConfigError
 from sparseserve.plan import ModelShape
 from sparseserve.policies import Tidal
@@ -44,6 +45,22 @@ def test_a_model_without_one_needs_it_given(name: str, layers: int) -> None:
     with pytest.raises(ConfigError, match="reselect_layer is missing.*--set reselect_layer=N; measure"):
         selection_layers(name, layers, Tidal())
     assert selection_layers(name, layers, Tidal(reselect_layer=11)) == [2, 11]
+
+
+def test_several_reselection_layers() -> None:
+    assert selection_layers("any", 32, Tidal(reselect_layer=[9, 18, 31])) == [2, 9, 18, 31]
+    policy = load_policy("tidal", ["reselect_layer=[4, 9]"], {}, "any")
+    assert from_dict(to_dict(policy)) == policy == Tidal(reselect_layer=(4, 9))
+    plans = policy.plans(ModelShape("any", 12, HeadShape(8, 4, 128), max_len=8192, page_size=128))
+    assert [plan.role for plan in plans[3:6]] == [Role.REUSE, Role.SELECT, Role.REUSE]
+    with pytest.raises(ConfigError, match="reselect_layer = 32 .*2 to 31"):
+        selection_layers("any", 32, Tidal(reselect_layer=[9, 32]))
+
+
+@pytest.mark.parametrize("value", ["[9, 4]", "[4, 4]", "[]", "many", "[-1]", "true", "[4, x]", "4.5"])
+def test_what_is_no_list_of_layers_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="reselect_layer"):
+        load_policy("tidal", [f"reselect_layer={value}"], {}, "any")
 
 
 def test_every_published_layer_has_a_source_and_exists() -> None:

@@ -1,0 +1,121 @@
+"""`sparseserve tune`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from sparseserve.cli.extras import need
+from sparseserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sparseserve.tuning.judge import Judged
+    from sparseserve.tuning.report import Tuning
+
+
+def tune(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As `vllm serve` takes it.")],
+    max_loss: Annotated[str, typer.Option(metavar="1%", help="Quality that may be lost against dense attention.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Policy file to write; the report is FILE.html.")
+    ] = Path("policy.yaml"),
+    objective: Annotated[
+        Literal["latency", "memory"], typer.Option(help="Least time per token, or least stored, then read, per token.")
+    ] = "latency",
+    policies: Annotated[
+        str, typer.Option(metavar="NAME[:KEY=VALUE]...,...", help="Candidates, each with its values and artifacts.")
+    ] = "dense,streaming,quest,hip",
+    budgets: Annotated[
+        str, typer.Option(metavar="N,...", help="Budgets in tokens; powers of two up to half of the longest length.")
+    ] = "",
+    lengths: Annotated[str, typer.Option(metavar="N,...", help="Lengths of prompts in tokens.")] = "4096,16384",
+    tasks: Annotated[str, typer.Option(metavar="NAME,...", help="Tasks of `sparseserve eval`, all without.")] = "",
+    depths: Annotated[str, typer.Option(metavar="X,...", help="Where answers stand, 0 to 1.")] = "0.1,0.5,0.9",
+    samples: Annotated[int, typer.Option(metavar="N", help="Questions for each task, length and depth.")] = 10,
+    text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text whose bits per byte count, too.")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the questions.")] = 0,
+) -> None:
+    """Measure policies and budgets on MODEL through its server, and write the policy file of the best within a loss.
+
+    Loss is against dense attention, on what that can answer. Only what was measured is recommended: whole, right to
+    within --max-loss, and better than vLLM's own attention beyond the noise of the machine. Options that are not
+    listed here go to `vllm serve`. Killed at any moment, the same command goes on where it was.
+    """
+    need("calibrate", "scipy", "matplotlib", "jinja2")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout
+    from sparseserve.cli.eval import numbers, progress_bar
+    from sparseserve.evaluation.request import Request, settings
+    from sparseserve.evaluation.tasks import TASKS
+    from sparseserve.tuning.report import write_report
+    from sparseserve.tuning.run import Asked, tune, write_policy
+    from sparseserve.tuning.search import budgets as usual_budgets
+
+    tokens = numbers("--lengths", lengths, int)
+    request = Request(
+        model=model,
+        settings=settings(policies, numbers("--budgets", budgets, int) or usual_budgets(tokens)),
+        lengths=tokens,
+        tasks=tuple(tasks.split(",")) if tasks else tuple(TASKS),
+        depths=numbers("--depths", depths, float),
+        samples=samples,
+        text=None if text is None else str(text),
+        seed=seed,
+        vllm=tuple(ctx.args),
+    )
+    request.check()
+    asked = Asked(request, objective, _share(max_loss), shlex.join(["sparseserve", *sys.argv[1:]]))
+    folder = output.with_name(f"{output.name}.partial")
+    with progress_bar() as progress:
+        tuning = tune(asked, folder, progress)
+    report = output.with_name(f"{output.name}.html")
+    write_report(tuning, report)
+    _show(tuning, Console())
+    print(f"wrote {report}")
+    write_policy(tuning, output)
+    print(f"wrote {output}: serve it with `sparseserve serve {shlex.quote(model)} --policy {output}`")
+
+
+def _share(text: str) -> float:
+    number = text.strip().removesuffix("%")
+    try:
+        share = float(number) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise ConfigError("--max-loss", text, "a share such as 1% or 0.01", remedy="give for example --max-loss 1%")
+    return share
+
+
+def _show(tuning: Tuning, console: Console) -> None:
+    """Print a row for every setting and what is recommended."""
+    numeric = ("loss", "worse", "bits/byte", "ms/token", "faster", "KV read", "recall")
+    table = Table("setting", *(Column(name, justify="right") for name in numeric), title=tuning.model)
+    table.add_row("vLLM's own attention", *_numbers(tuning.baseline))
+    for one in tuning.judged:
+        table.add_row(one.name, *_numbers(one), style="bold" if one is tuning.verdict.chosen else None)
+    table.add_row("vLLM's own attention, again", *_numbers(tuning.again))
+    console.print(table)
+    for name, why in tuning.untried.items():
+        console.print(f"not measured: {name}: {why}", highlight=False, markup=False)
+    chosen = tuning.verdict.chosen
+    console.print(f"{chosen.name if chosen else 'no recommendation'}: {tuning.verdict.reason}", highlight=False)
+
+
+def _numbers(one: Judged) -> list[str]:
+    return [
+        f"{one.loss.score:.1%}",
+        f"{one.loss.worse} of {one.loss.questions}",
+        "" if one.loss.bits is None else f"{one.loss.bits:+.1%}",
+        "" if one.ms_per_token is None else f"{one.ms_per_token:.1f}",
+        "" if one.speedup is None else f"{one.speedup:.2f}x",
+        f"{one.density:.1%}",
+        "" if one.recall is None else f"{min(one.recall):.3f}",
+    ]

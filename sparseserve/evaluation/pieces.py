@@ -1,0 +1,48 @@
+"""The pieces of an evaluation: what is measured at once and kept at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from sparseserve.evaluation.request import Request, Setting
+from sparseserve.evaluation.tasks import TASKS
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some questions, a text or the recall under a setting at one length."""
+
+    kind: Literal["cell", "text", "recall"]
+    setting: Setting
+    length: int  # tokens
+    task: str = ""
+    depth: float | None = None
+
+    def __str__(self) -> str:
+        words = [self.kind, self.task, f"{self.length} tokens", "" if self.depth is None else f"at {self.depth:g}"]
+        return f"{self.setting}: {' '.join(filter(None, words))}"
+
+    @property
+    def served(self) -> Setting:
+        """What the server must run; measuring recall costs speed, so it gets a server of its own."""
+        return self.setting.with_pair("measure_recall=true") if self.kind == "recall" else self.setting
+
+
+def pieces(request: Request) -> Iterator[Piece]:
+    """All pieces, those of one server in a row."""
+    for setting in request.settings:
+        for length in request.lengths:
+            for task, depth in cells(request):
+                yield Piece("cell", setting, length, task, depth)
+            if request.text is not None:
+                yield Piece("text", setting, length)
+        if request.recall:
+            yield from (Piece("recall", setting, length) for length in request.lengths)
+
+
+def cells(request: Request) -> Iterator[tuple[str, float | None]]:
+    """Tasks, each at every depth where it has one."""
+    for task in request.tasks:
+        yield from ((task, depth) for depth in (request.depths if TASKS[task].placed else (None,)))

@@ -1,0 +1,146 @@
+"""What `sparseserve eval` is asked for, and the command that asks for it, or for a part of it, again."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from sparseserve.config import ENV_SET, load_policy, to_dict
+from sparseserve.errors import ConfigError
+from sparseserve.evaluation.tasks import TASKS
+from sparseserve.policies import POLICIES, BudgetPolicy, Policy, Streaming
+
+RERUN = "rerun.json"  # where the commands for parts write
+
+
+class Setting(BaseModel):
+    """A policy with --set values; as text `name[:key=value]...`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    policy: str
+    pairs: tuple[str, ...] = ()  # KEY=VALUE
+
+    def __str__(self) -> str:
+        return ":".join([self.policy, *self.pairs])
+
+    @classmethod
+    def parse(cls, text: str) -> Setting:
+        """Raises ConfigError for a policy or a value that does not exist."""
+        name, *pairs = text.strip().split(":")
+        setting = cls(policy=name, pairs=tuple(pairs))
+        setting.load()
+        return setting
+
+    def load(self) -> Policy:
+        """The policy; ConfigError when a value is wrong."""
+        if self.policy not in POLICIES:
+            remedy = "see `sparseserve policies`"
+            raise ConfigError("--policies", self.policy, choices=list(POLICIES), remedy=remedy)
+        return load_policy(self.policy, self.pairs, {}, "*")
+
+    def values(self) -> dict[str, Any]:
+        """The values that the pairs give, JSON-able."""
+        given = [pair.partition("=")[0].strip().replace("-", "_") for pair in self.pairs]
+        return {key: value for key, value in to_dict(self.load()).items() if key in given}
+
+    def at(self, budget: int) -> Setting:
+        """With a budget in tokens, where the policy takes one and none is given."""
+        policy, given = self.load(), self.values()
+        if isinstance(policy, BudgetPolicy) and "budget_tokens" not in given:
+            return self.with_pair(f"budget_tokens={budget}")
+        if isinstance(policy, Streaming) and "recent_tokens" not in given:
+            return self.with_pair(f"recent_tokens={budget - policy.sink_tokens}")
+        return self
+
+    def with_pair(self, pair: str) -> Setting:
+        """With one more value."""
+        return Setting(policy=self.policy, pairs=(*self.pairs, pair))
+
+    def flags(self) -> list[str]:
+        """As `sparseserve serve` takes it."""
+        return ["--policy", self.policy, *(word for pair in self.pairs for word in ("--set", pair))]
+
+
+def settings(policies: str, budgets: Sequence[int]) -> tuple[Setting, ...]:
+    """Policies as text, each with each budget: `dense,quest` at 512 and 1024 are three settings.
+
+    A comma within brackets belongs to a value. Raises ConfigError.
+    """
+    named = [Setting.parse(text) for text in re.split(r",(?![^\[]*\])", policies)]
+    found = tuple(dict.fromkeys(one for setting in named for one in _multiplied(setting, budgets)))
+    for setting in found:
+        setting.load()
+    return found
+
+
+def _multiplied(setting: Setting, budgets: Sequence[int]) -> list[Setting]:
+    return [setting.at(budget) for budget in budgets] if budgets else [setting]
+
+
+class Request(BaseModel):
+    """An evaluation; equal requests ask equal questions."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    settings: tuple[Setting, ...]
+    lengths: tuple[int, ...]  # tokens of a prompt
+    tasks: tuple[str, ...] = tuple(TASKS)
+    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+    samples: int = 10  # questions of a cell, and at most so many stretches of the text
+    text: str | None = None  # file
+    recall: bool = True  # a second server for each setting, which measures it
+    seed: int = 0
+    vllm: tuple[str, ...] = ()  # options of vllm serve
+
+    def check(self) -> None:
+        """Raise ConfigError for what can be known to be wrong before a server starts."""
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ConfigError("--tasks", task, choices=list(TASKS), remedy="give one of these, or leave it out")
+        for depth in self.depths:
+            if not 0 <= depth <= 1:
+                raise ConfigError("--depths", depth, "parts of the document, 0 to 1", remedy="give for example 0.1,0.9")
+        for length in self.lengths:
+            if length < 1:
+                raise ConfigError("--lengths", length, "tokens, at least 1", remedy="give for example 2048,8192")
+        if self.samples < 1:
+            raise ConfigError("--samples", self.samples, "questions, at least 1", remedy="give for example 10")
+        for name in os.environ:
+            if name.startswith(ENV_SET):
+                remedy = f"unset {name}, and write the value behind the policy: quest:budget_tokens=512"
+                raise ConfigError(name, os.environ[name], "unset: it would reach every setting", remedy=remedy)
+        self.read_text()
+
+    def read_text(self) -> str | None:
+        """The user's text, None without; ConfigError for a file that cannot be read or is empty."""
+        if self.text is None:
+            return None
+        try:
+            text = Path(self.text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError("--text", self.text, "a text file", remedy=f"check the path ({error})") from None
+        if not text.strip():
+            raise ConfigError("--text", self.text, "a file with text in it", remedy="give another file")
+        return text
+
+    def command(self, output: str) -> str:
+        """The shell command."""
+        words = ["sparseserve", "eval", self.model, "--policies", ",".join(map(str, self.settings))]
+        words += ["--tasks", ",".join(self.tasks), "--lengths", ",".join(map(str, self.lengths))]
+        words += ["--depths", ",".join(f"{depth:g}" for depth in self.depths)]
+        words += ["--samples", str(self.samples), "--seed", str(self.seed)]
+        words += [] if self.text is None else ["--text", self.text]
+        words += [] if self.recall else ["--no-recall"]
+        return shlex.join([*words, "-o", output, *self.vllm])
+
+    def part(self, **changes: Any) -> str:
+        """The command for a part of the request."""
+        return self.model_copy(update=changes).command(RERUN)

@@ -1,0 +1,102 @@
+"""One server after another, each asked what is still missing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from subprocess import TimeoutExpired
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from openai import APIStatusError, OpenAIError
+
+from sparseserve.errors import SparseServeError
+from sparseserve.evaluation.client import Client
+from sparseserve.evaluation.journal import journal
+from sparseserve.evaluation.measure import Examiner
+from sparseserve.evaluation.pieces import Piece, pieces
+from sparseserve.evaluation.report import assemble
+from sparseserve.evaluation.request import Request, Setting
+from sparseserve.evaluation.results import Results
+from sparseserve.server.process import SERVE, Server, running
+
+FORCING = ["--logits-processors", "sparseserve.plugin.forcing:ForcedTokens"]
+END = 10.0  # seconds that a dying server may take to be gone
+LAST_WORDS = 3000  # characters of a log
+
+Progress = Callable[[int, int, str], None]  # pieces done, pieces in all, the one at work
+Serve = Callable[[Request, Setting], AbstractContextManager[Server]]
+
+
+@contextmanager
+def serve(request: Request, setting: Setting) -> Iterator[Server]:
+    """A server under a setting; SparseServeError with the end of its log when it does not start."""
+    command = [*SERVE, request.model, *setting.flags(), *request.vllm, *([] if request.text is None else FORCING)]
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        try:
+            server = stack.enter_context(running(command, Path(folder) / "server.log"))
+        except RuntimeError as error:
+            raise SparseServeError(f"{setting}: {error}") from None
+        yield server
+
+
+def evaluate(
+    request: Request,
+    output: Path | None = None,
+    progress: Progress = lambda done, total, piece: None,
+    serve: Serve = serve,
+) -> Results:
+    """Measure all that is asked for; the results are not written, for the caller may only want to read them.
+
+    Beside `output` (RESULTS.json) grows RESULTS.partial.jsonl, with which a killed run goes on where it was. Raises
+    ConfigError for what cannot be asked, SparseServeError for a server that does not start, refuses or dies.
+    """
+    request.check()
+    partial = None if output is None else partial_file(output)
+    examiner = Examiner(request)
+    with journal(partial, _asked(request)) as found:
+        every = list(pieces(request))
+        missing = [piece for piece in every if str(piece) not in found]
+        for setting, mine in groupby(missing, key=lambda piece: piece.served):
+            progress(len(found), len(every), f"{setting}: starting its server")
+            with serve(request, setting) as server:
+                client = Client(server)
+                for piece in mine:
+                    progress(len(found), len(every), str(piece))
+                    try:
+                        found.add(str(piece), examiner.measure(client, piece))
+                    except (OpenAIError, OSError) as error:
+                        raise _failed(server, piece, error, partial) from error
+        return assemble(request, found, "RESULTS.json" if output is None else str(output))
+
+
+def partial_file(output: Path) -> Path:
+    """Where findings are kept until all are there."""
+    return output.with_suffix(".partial.jsonl")
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    """What findings depend on beside their setting: only those of the same may be put together."""
+    text, config = request.read_text(), Path(request.model) / "config.json"
+    return {
+        "sparseserve": version("sparseserve"),
+        **request.model_dump(mode="json", exclude={"settings", "recall"}),
+        "text_sha256": text and hashlib.sha256(text.encode()).hexdigest(),
+        "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
+    }
+
+
+def _failed(server: Server, piece: Piece, error: Exception, partial: Path | None) -> SparseServeError:
+    """What happened to the server at a piece, and what is kept."""
+    kept = f"What was found before is kept in {partial}; the same command goes on there." if partial else ""
+    if isinstance(error, APIStatusError) and error.status_code < 500:
+        return SparseServeError(f"{piece}: the server refuses: {error}", kept)
+    try:
+        happened = f"the server ended with exit code {server.process.wait(END)}"
+    except TimeoutExpired:
+        happened = f"the server does not answer ({error!r})"
+    return SparseServeError(f"{piece}: {happened}. {kept} Its last words:\n{server.log.read_text()[-LAST_WORDS:]}")

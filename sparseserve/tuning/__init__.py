@@ -1,0 +1,1 @@
+"""From measurements to the policy to serve: what each policy costs in quality and gives in speed."""

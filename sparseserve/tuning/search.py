@@ -1,0 +1,78 @@
+"""The search for the policy to serve: from the largest budget down, as long as the loss allows; all of it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+
+from sparseserve.config import find_policy
+from sparseserve.errors import SparseServeError
+from sparseserve.evaluation.request import Setting
+from sparseserve.evaluation.results import SettingResult
+from sparseserve.server.explain import explain
+from sparseserve.tuning.judge import Judged, Loss, longest, loss
+
+Measure = Callable[[Setting], SettingResult]
+LEAST_BUDGET = 256  # tokens
+
+
+def budgets(lengths: Iterable[int]) -> list[int]:
+    """Powers of two up to half of the longest length, in tokens."""
+    most = max(lengths) // 2
+    return [budget for power in range(31) if LEAST_BUDGET <= (budget := 1 << power) <= most] or [LEAST_BUDGET]
+
+
+def families(settings: Sequence[Setting]) -> list[list[Setting]]:
+    """Settings that differ in their budget alone, the largest budget first."""
+    order = {(one.policy, one.pairs[:-1]): index for index, one in reversed(list(enumerate(settings)))}
+    keyed = sorted(settings, key=lambda one: (order[one.policy, one.pairs[:-1]], -_budget(one)))
+    return [list(group) for _, group in groupby(keyed, key=lambda one: (one.policy, one.pairs[:-1]))]
+
+
+def descend(
+    family: Sequence[Setting], baseline: SettingResult, stored: dict[Setting, float], max_loss: float, measure: Measure
+) -> list[Judged]:
+    """Measure a family until a setting loses more than `max_loss`, that one included."""
+    judged = []
+    for setting in family:
+        result = measure(setting)
+        judged.append(judge(setting, result, baseline, stored[setting], loss(result, baseline)))
+        if judged[-1].loss.value > max_loss:
+            break
+    return judged
+
+
+def judge(setting: Setting, result: SettingResult, baseline: SettingResult, stored: float, lost: Loss) -> Judged:
+    """A result beside the baseline; `stored` is in bytes per token."""
+    at, before = longest(result), longest(baseline)
+    return Judged(
+        setting=setting,
+        result=result,
+        loss=lost,
+        ms_per_token=at.ms_per_token,
+        speedup=before.ms_per_token / at.ms_per_token if at.ms_per_token and before.ms_per_token else None,
+        density=1.0 if at.density is None else at.density,
+        stored=stored,
+        recall=at.recall,
+    )
+
+
+def fitting(
+    settings: Sequence[Setting], model: str, vllm: Sequence[str]
+) -> tuple[dict[Setting, float], dict[str, str]]:
+    """Bytes that the cache stores per token, by setting, and why the other settings cannot be served."""
+    stored, refused = {}, {}
+    for setting in settings:
+        try:
+            found = explain(find_policy(setting.policy, setting.pairs, {}), [model, *vllm], [])
+        except SparseServeError as error:
+            refused[str(setting)] = str(error)
+        else:
+            per_token = found.kv_bytes + found.summary_bytes / found.model.page_size
+            stored[setting] = per_token * found.model.layers
+    return stored, refused
+
+
+def _budget(setting: Setting) -> int:
+    values = setting.values()
+    return int(values.get("budget_tokens", values.get("recent_tokens", 0)))
