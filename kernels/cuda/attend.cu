@@ -269,7 +269,8 @@ class AttendBlock {
 };
 
 template <class T, int D, int NT>
-__global__ void __launch_bounds__(kThreads, D * NT <= 64 ? 4 : D * NT <= 128 ? 3 : 2) attend_kernel(const __grid_constant__ AttendParams params) {
+__global__ void __launch_bounds__(kThreads, D * NT <= 64 ? 4 : D * NT <= 128 ? 3 : 2)
+    attend_kernel(const __grid_constant__ AttendParams params) {
   SPARSESERVE_DYNAMIC_SHARED(shared);
   AttendBlock<T, D, NT>(params, shared).run();
 }

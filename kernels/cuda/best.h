@@ -75,17 +75,30 @@ __device__ int write_taken(int count, int equals, Kind kind, Write write, BestSh
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const unsigned before = (1u << lane) - 1;
   int above = 0, equal = 0;  // in the rounds before
-  for (int begin = 0; begin < count; begin += Threads) {
-    const int i = begin + threadIdx.x, own = i < count ? kind(i) : 0;
-    const unsigned greater = __ballot_sync(kAllLanes, own == 2), same = __ballot_sync(kAllLanes, own == 1);
-    if (lane == 0) shared.above[warp] = __popc(greater), shared.equal[warp] = __popc(same);
+  for (int begin = 0; begin < count; begin += Threads * kBatch) {
+    const int mine = begin + warp * 32 * kBatch + lane;
+    unsigned greater[kBatch], same[kBatch];
+    int own[kBatch], greaters = 0, sames = 0;
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) own[b] = mine + 32 * b < count ? kind(mine + 32 * b) : 0;
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      greater[b] = __ballot_sync(kAllLanes, own[b] == 2), same[b] = __ballot_sync(kAllLanes, own[b] == 1);
+      greaters += __popc(greater[b]), sames += __popc(same[b]);
+    }
+    if (lane == 0) shared.above[warp] = greaters, shared.equal[warp] = sames;
     __syncthreads();
-    int my_above = above + __popc(greater & before), my_equal = equal + __popc(same & before);
+    int my_above = above, my_equal = equal;
     for (int w = 0; w < shared.kWarps; ++w) {
       if (w < warp) my_above += shared.above[w], my_equal += shared.equal[w];
       above += shared.above[w], equal += shared.equal[w];
     }
-    if (own == 2 || (own == 1 && my_equal < equals)) write(my_above + min(my_equal, equals), i);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int over = my_above + __popc(greater[b] & before), like = my_equal + __popc(same[b] & before);
+      if (own[b] == 2 || (own[b] == 1 && like < equals)) write(over + min(like, equals), mine + 32 * b);
+      my_above += __popc(greater[b]), my_equal += __popc(same[b]);
+    }
     __syncthreads();
   }
   return above + min(equal, equals);

@@ -217,7 +217,8 @@ class GateScores {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kScoreThreads, 1) score_gates_kernel(const __grid_constant__ ScoreGatesParams params) {
+__global__ void __launch_bounds__(kScoreThreads, 1)
+    score_gates_kernel(const __grid_constant__ ScoreGatesParams params) {
   SPARSESERVE_DYNAMIC_SHARED(shared);
   GateScores<T>(params, shared).run();
 }
