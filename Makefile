@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.txt')
 
-.PHONY: demo test lint bench sanitize gpu-build gpu-test gpu-bench gpu-bench-vllm clean
+.PHONY: demo test lint bench sanitize wheel gpu-build gpu-test gpu-bench gpu-bench-vllm clean
 
 demo: $(VENV)/.built
 	$(BIN)/sparseserve demo
@@ -37,6 +37,13 @@ sanitize: $(VENV)/.built
 	    ASAN_OPTIONS=detect_leaks=0,detect_stack_use_after_return=0,verify_asan_link_order=0 \
 	    $(BIN)/python -m pytest tests/ops -k simulator
 
+# One wheel for machines with and without a GPU: the CPU kernels, and the CUDA kernels for the GPUs of data centres and
+# desks since Ampere, with PTX for those to come. Needs nvcc, no GPU; a kernel that spills registers stops it.
+ARCHITECTURES := 80-real;89-real;90-real;100-real;120
+wheel: $(VENV)/.installed
+	$(BIN)/pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist -Cbuild-dir=build/wheel \
+	    -Ccmake.define.SPARSESERVE_CUDA=ON "-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=$(ARCHITECTURES)" .
+
 # On a machine with a GPU, a CUDA build of torch, nvcc, scikit-build-core and, for the tests, pytest; nothing is downloaded.
 COMMIT ?= $(shell git rev-parse HEAD)
 SMALL := "cuda-LBHNC and (influence or rows_are_independent or chunks_equal or untouched)"
@@ -67,4 +74,4 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml $(KERNELS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) build dist

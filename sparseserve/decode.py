@@ -27,7 +27,7 @@ def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> 
     plan = layer.plan
     selects = plan.role is Role.SELECT
     if selects and not plan.dense_output:
-        _select(layer, step, query)
+        layer.policy.select(query, layer.kv, layer.summary, plan, step, layer.scale)
     attended = step.attended_dense if plan.dense_output else step.attended
     ops.attend(
         query,
@@ -45,7 +45,7 @@ def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> 
         _measure_recall(layer, step, query, step.recall[plan.layer])
     layer.policy.after_attend(query, layer.kv, layer.summary, plan, step, layer.scale, out)
     if selects and plan.dense_output:
-        _select(layer, step, query)
+        layer.policy.select(query, layer.kv, layer.summary, plan, step, layer.scale)
 
 
 def _measure_recall(layer: SparseLayer, step: Step, query: Tensor, recall: Tensor) -> None:
@@ -58,9 +58,3 @@ def _measure_recall(layer: SparseLayer, step: Step, query: Tensor, recall: Tenso
         query, layer.kv, table.pages, table.seq_lens, step.everything, layer.scale, scratch=step.scratch
     )
     recall.copy_((step.lse - everything).exp().mean(1))
-
-
-def _select(layer: SparseLayer, step: Step, query: Tensor) -> None:
-    layer.policy.select(query, layer.kv, layer.summary, layer.plan, step, layer.scale)
-    if step.whole is not None:
-        step.selection.spans.clamp_(min=step.whole)

@@ -106,6 +106,26 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """A selection to be filled: sink, recent tokens, and the best units that the budget still allows.
+
+    Rows within the budget are selected whole, without units. With a threshold, the units that score above it are
+    selected instead, whatever the budget; the slots must hold all units then.
+    """
+
+    selection: Selection
+    sink: Tensor  # [Hs] int32 tokens; sink + recent <= budget
+    recent: Tensor  # [Hs] int32 tokens
+    budget: Tensor  # [Hs] int32 tokens
+    threshold: float | None = None
+    whole: Tensor | None = None  # [B] int32, not 0 for rows that are selected whole at any length
+
+    def takes_all(self, row: int, length: int, budget: int) -> bool:
+        """Whether a row of `length` tokens is selected whole under `budget`."""
+        return bool(self.whole is not None and self.whole[row]) or (self.threshold is None and length <= budget)
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """The first `sink` tokens and the last ones, at a length of N tokens max(alpha + beta * N, minimum) in all.
 
@@ -172,12 +192,12 @@ class Step:
     everything: Selection  # Hs = 1, spans of the whole row
     selection: Selection
     windows: Tensor  # [L, B, Hs, 2] int32, the spans of WINDOW layers; L = 0 without any
-    scores: Tensor  # [B, Hs, T] fp32 scratch of the selection layers
+    scores: Tensor  # [B, Hs, T] fp32, room of the selection layers
     lse: Tensor  # [B, Hq] fp32, of the latest attend
     attended_dense: Tensor  # [L, B, 1] int32, tokens attended by layers with dense output
     attended: Tensor  # [L, B, Hs] int32, tokens attended by the other layers
-    whole: Tensor | None = None  # [B, 1, 1] int32, the length of rows that attend to everything, 0 for the others
-    scratch: Tensor | None = None  # of `attend`, on CUDA
+    whole: Tensor | None = None  # [B] int32, the length of rows that attend to everything, 0 for the others
+    scratch: Tensor | None = None  # where blocks meet, on CUDA
     recall: Tensor | None = None  # [L, B] fp32, softmax mass that a layer keeps, mean over query heads; when measured
 
     def attends_to(self, plan: LayerPlan) -> Selection:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseserve import ops, reference
 from sparseserve.testing.oracle import assert_as_exact, torch_attend
-from sparseserve.types import Bound, Gate, Selection
+from sparseserve.types import Bound, Gate, Selection, Wanted
 
 Check = Callable[[Tensor], None]  # of outputs [B, Hq, D] of the last layer
 
@@ -101,7 +101,7 @@ class Scores:
 
     rule: Rule
     bytes: int
-    score: Callable[[int, Tensor], object]  # the units of a layer, into scores [B, H, units]
+    score: Callable[[int, Tensor, Wanted], object]  # the units of a layer, into scores [B, H, units], and select
     exact: Callable[[torch.dtype], Tensor]  # of the sample in the last layer, [1, 1, units], by the reference
     terms: int  # numbers in the sum that a score is
     magnitude: float | None = None  # of these numbers, for a score of 1; of the scores without
@@ -111,9 +111,9 @@ def quest_scores(layers: Layers) -> Scores:
     """Summaries in the tails of the pages, scored by mean + deviation."""
     unit = QUEST.unit_tokens
 
-    def score(i: int, scores: Tensor) -> object:
+    def score(i: int, scores: Tensor, wanted: Wanted) -> object:
         arguments = layers.query, layers.summaries[i], layers.pages, layers.seq_lens
-        return ops.score_pages(*arguments, unit, Bound.MEAN_STD, scores)
+        return ops.score_pages(*arguments, unit, Bound.MEAN_STD, scores, wanted, layers.scratch)
 
     def exact(dtype: torch.dtype) -> Tensor:
         case = layers.sample(layers.count - 1)
@@ -129,9 +129,9 @@ def seer_scores(layers: Layers) -> Scores:
     """Gate keys in the tails of the pages; every layer has its own gate."""
     unit, gates = SEER.unit_tokens, layers.gates
 
-    def score(i: int, scores: Tensor) -> object:
+    def score(i: int, scores: Tensor, wanted: Wanted) -> object:
         arguments = layers.query, layers.gate_keys[i], layers.pages, layers.seq_lens
-        return ops.score_gates(*arguments, unit, gates[i], scores)
+        return ops.score_gates(*arguments, unit, gates[i], scores, wanted)
 
     def exact(dtype: torch.dtype) -> Tensor:
         case, gate = layers.sample(layers.count - 1), gates[-1]
@@ -151,10 +151,9 @@ def tidal_scores(layers: Layers) -> Scores:
     arguments = layers.pages, layers.seq_lens, layers.everything(), layers.scale
     _, lse = ops.attend(layers.query, layers.kv(layers.count - 1), *arguments, scratch=layers.scratch)
 
-    def score(i: int, scores: Tensor) -> object:
-        return ops.score_tokens(
-            layers.query, layers.kv(i).key, layers.pages, layers.seq_lens, lse, layers.scale, scores, 1
-        )
+    def score(i: int, scores: Tensor, wanted: Wanted) -> object:
+        arguments = layers.query, layers.kv(i).key, layers.pages, layers.seq_lens, lse, layers.scale
+        return ops.score_tokens(*arguments, scores, 1, wanted, layers.scratch)
 
     def exact(dtype: torch.dtype) -> Tensor:
         case = layers.sample(layers.count - 1)
@@ -170,7 +169,7 @@ def tidal_scores(layers: Layers) -> Scores:
 
 
 def select(layers: Layers, of: Scores) -> Contender:
-    """Scores, and the best units within the budget."""
+    """Scores and the best units within the budget, in one kernel."""
     return _selecting(layers, of)[0]
 
 
@@ -201,8 +200,7 @@ def _selecting(layers: Layers, of: Scores) -> tuple[Contender, list[Selection]]:
     buffers, selections = layers.empty_selections(rule)
 
     def call(i: int) -> None:
-        of.score(i, scores)
-        ops.select_units(scores, layers.seq_lens, sink, recent, budget, selections[i])
+        of.score(i, scores, Wanted(selections[i], sink, recent, budget))
 
     def check() -> None:
         actual, exact = layers.sampled_heads(scores), of.exact(torch.float64)
@@ -211,12 +209,12 @@ def _selecting(layers: Layers, of: Scores) -> tuple[Contender, list[Selection]]:
         mine = layers.sampled_selection(selections[-1])
         expected = Selection.empty(1, 1, slots, rule.unit_tokens)
         limits = (limit[:1].cpu() for limit in (sink, recent, budget))
-        reference.select_units(actual, layers.seq_lens[:1].cpu(), *limits, expected)
+        reference.select_units(actual, layers.seq_lens[:1].cpu(), Wanted(expected, *limits))
         for part in ("spans", "units", "count"):
             assert torch.equal(getattr(mine, part), getattr(expected, part)), f"{part} differ from the reference's"
 
-    kernels = of.bytes, gpu_bytes.select(heads, point.batch, units, slots)
-    return Contender(kernels, call, (scores, *buffers), check), selections
+    moved = of.bytes + gpu_bytes.select(heads, point.batch, units, slots)  # one kernel
+    return Contender((moved,), call, (scores, *buffers), check), selections
 
 
 def summarize_pages(layers: Layers) -> Contender:

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from sparseserve.ops import attend_scratch
+from sparseserve.ops import step_scratch
 from sparseserve.testing.cases import Case
 from sparseserve.types import Gate, HeadShape, PagedKV, Selection
 
@@ -92,7 +92,7 @@ class Layers:
         self.seq_lens = torch.full((point.batch,), point.context, dtype=torch.int32, device=device)
         self.query = torch.randn(point.batch, heads.query_heads, dim, device=device).mul(2).to(DTYPE)
         self.scale = dim**-0.5
-        self.scratch = attend_scratch(point.batch, heads.query_heads, dim, device)
+        self.scratch = step_scratch(point.batch, heads.query_heads, dim, device)
         draw = random.Random(seed)
         self.row, self.head = draw.randrange(point.batch), draw.randrange(kv_heads)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from sparseserve.plan import ModelShape
 from sparseserve.policies import Hip
 from sparseserve.testing.gates import plain_rope, random_gates
 from sparseserve.testing.oracle import assert_as_exact
-from sparseserve.types import Bound, Gate, HeadShape, Selection
+from sparseserve.types import Bound, Gate, HeadShape, Selection, Wanted
 
 BUDGET = 1024
 
@@ -188,12 +188,13 @@ def bench_select_units(requests: Requests, rounds: int) -> list[Result]:
     scores = torch.randn(16, 1, KV_HEADS, requests.context)
     sink, recent, budget = (torch.full((KV_HEADS,), n, dtype=torch.int32) for n in (4, 64, BUDGET))
     selection, expected = (Selection.empty(1, KV_HEADS, BUDGET, 1) for _ in range(2))
-    reference.select_units(scores[0], requests.seq_lens, sink, recent, budget, expected)
-    ops.select_units(scores[0], requests.seq_lens, sink, recent, budget, selection)
+    wanted = Wanted(selection, sink, recent, budget)
+    reference.select_units(scores[0], requests.seq_lens, replace(wanted, selection=expected))
+    ops.select_units(scores[0], requests.seq_lens, wanted)
     assert torch.equal(selection.units, expected.units)
     starts = torch.arange(KV_HEADS) * requests.context * 4
     calls: dict[str, Call] = {
-        "select_units": lambda i: ops.select_units(scores[i % 16], requests.seq_lens, sink, recent, budget, selection),
+        "select_units": lambda i: ops.select_units(scores[i % 16], requests.seq_lens, wanted),
         "read scores": lambda i: read(scores[i % 16], starts, 1, requests.context * 4, 0, False),
     }
     return results(requests, calls, KV_HEADS * requests.context * 4, rounds)
@@ -220,12 +221,13 @@ def bench_search_blocks(requests: Requests, rounds: int) -> list[Result]:
     policy = Hip()
     plan = policy.plans(ModelShape("bench", 8, requests.shape, requests.context, PAGE))[-1]
     rules = {name: getattr(policy, name) for name in ("chunk_tokens", "stage_tokens", "refresh_steps")}
-    rules |= {name: getattr(plan, name) for name in ("sink", "recent", "budget")}
+    limits = plan.sink, plan.recent, plan.budget
     state = torch.zeros(len(requests.cache), *policy.summary_shape(requests.shape, PAGE), dtype=torch.int32)
     selection, expected = (Selection.empty(1, 1, policy.selection_slots(0), 8) for _ in range(2))
 
     def call(i: int, op: Callable[..., None] = ops.search_blocks, to: Selection = selection) -> None:
-        op(requests.query, requests.kv.key, requests.row(i), requests.seq_lens, state, **rules, selection=to)
+        wanted = Wanted(to, *limits)
+        op(requests.query, requests.kv.key, requests.row(i), requests.seq_lens, state, **rules, wanted=wanted)
 
     call(0)
     call(0, reference.search_blocks, expected)

@@ -98,9 +98,10 @@ inline PageTable table_of(const Tensor& pages, const Tensor& seq_lens, int64_t r
   return {static_cast<const int32_t*>(pages.const_data_ptr()), pages.stride(0), pages.size(1), lens};
 }
 
+// Where blocks of a row meet.
 inline void* scratch_of(const std::optional<Tensor>& scratch, const Query& query) {
   if (kValuesReadable) return nullptr;
-  STD_TORCH_CHECK(scratch, "attend needs scratch on ", kDevice);
+  STD_TORCH_CHECK(scratch, "scratch is needed on ", kDevice);
   const int64_t words = scratch_words(query.rows, query.heads, query.head_dim);
   STD_TORCH_CHECK(scratch->numel() >= words, "scratch must have at least ", words, " elements, not ", scratch->numel());
   return dense<float>(*scratch, "scratch", ScalarType::Float, {-1});
@@ -155,12 +156,6 @@ inline Selection selection_of(const Tensor& spans, const Tensor& units, const Te
           dense<int32_t>(count, "count", ScalarType::Int, {rows, heads})};
 }
 
-struct Scores {
-  float* data;
-  int64_t row_stride, head_stride;
-};
-
-// [B, heads, >= units of the longest row]
 inline Scores scores_of(const Tensor& scores, int64_t rows, int64_t heads, const int32_t* seq_lens, int64_t unit_tokens) {
   check_shape(scores, "scores", {rows, heads, -1});
   check_type(scores, "scores", ScalarType::Float);
@@ -170,6 +165,33 @@ inline Scores scores_of(const Tensor& scores, int64_t rows, int64_t heads, const
                     scores.size(2), " is too small for ", seq_lens[b], " tokens in units of ", unit_tokens);
   });
   return {static_cast<float*>(scores.mutable_data_ptr()), scores.stride(0), scores.stride(1)};
+}
+
+// None without `count`.
+inline Wanted wanted_of(int64_t unit_tokens, int64_t rows, const int32_t* seq_lens, const std::optional<Tensor>& sink,
+                        const std::optional<Tensor>& recent, const std::optional<Tensor>& budget,
+                        std::optional<double> threshold, const std::optional<Tensor>& whole,
+                        const std::optional<Tensor>& spans, const std::optional<Tensor>& units,
+                        const std::optional<Tensor>& count) {
+  if (!count) return {};
+  STD_TORCH_CHECK(sink && recent && budget && spans && units, "a selection has spans, units, sink, recent and budget");
+  const Selection selection = selection_of(*spans, *units, *count, unit_tokens, rows);
+  check_values(threshold ? rows : 0, [&](int64_t b) {
+    STD_TORCH_CHECK((seq_lens[b] + unit_tokens - 1) / unit_tokens <= selection.slots, "units.shape[2] = ",
+                    selection.slots, " is too small for every unit of ", seq_lens[b], " tokens");
+  });
+  return {selection, seq_lens,
+          dense<int32_t>(*sink, "sink", ScalarType::Int, {selection.heads}),
+          dense<int32_t>(*recent, "recent", ScalarType::Int, {selection.heads}),
+          dense<int32_t>(*budget, "budget", ScalarType::Int, {selection.heads}),
+          whole ? dense<int32_t>(*whole, "whole", ScalarType::Int, {rows}) : nullptr,
+          threshold.has_value(), static_cast<float>(threshold.value_or(0))};
+}
+
+// Of a selection that is filled by scores of `heads` heads.
+inline void check_wanted(const Wanted& wanted, int64_t heads) {
+  STD_TORCH_CHECK(!wanted.any() || wanted.selection.heads == heads, "units.shape[1] must be ", heads,
+                  ", the heads of the scores, not ", wanted.selection.heads);
 }
 
 inline SummaryPool summary_of(const Tensor& summary, int64_t kv_heads, int64_t head_dim, ScalarType type) {

@@ -23,7 +23,11 @@ void attend(const Tensor& query, const Tensor& key, const Tensor& value, const T
 }
 
 void score_tokens(const Tensor& query, const Tensor& key, const Tensor& pages, const Tensor& seq_lens,
-                  const Tensor& lse, double scale, int64_t unit_tokens, Tensor scores) {
+                  const Tensor& lse, double scale, int64_t unit_tokens, Tensor scores,
+                  std::optional<Tensor> sink, std::optional<Tensor> recent, std::optional<Tensor> budget,
+                  std::optional<double> threshold, std::optional<Tensor> whole, std::optional<Tensor> spans,
+                  std::optional<Tensor> units, std::optional<Tensor> count,
+                  std::optional<Tensor> scratch) {
   const DeviceOf device(query);
   const Query q = query_of(query);
   const Cache cache = key_cache(key, q, pages, seq_lens);
@@ -31,12 +35,20 @@ void score_tokens(const Tensor& query, const Tensor& key, const Tensor& pages, c
                   "unit_tokens must be 1, 16, 32 or 64, not ", unit_tokens);
   const Scores to = scores_of(scores, q.rows, scores.size(1), cache.table.seq_lens, unit_tokens);
   check_heads(q.heads, cache.heads, scores.size(1));
+  const Wanted wanted = wanted_of(unit_tokens, q.rows, cache.table.seq_lens, sink, recent, budget, threshold, whole,
+                                  spans, units, count);
+  check_wanted(wanted, scores.size(1));
   kernels::score_tokens({q, cache, dense<float>(lse, "lse", ScalarType::Float, {q.rows, q.heads}),
-                     static_cast<float>(scale), unit_tokens, scores.size(1), to.data, to.row_stride, to.head_stride});
+                         static_cast<float>(scale), unit_tokens, scores.size(1), to, wanted,
+                         wanted.any() ? scratch_of(scratch, q) : nullptr});
 }
 
 void score_pages(const Tensor& query, const Tensor& summary, const Tensor& pages, const Tensor& seq_lens,
-                 int64_t unit_tokens, int64_t bound, Tensor scores) {
+                 int64_t unit_tokens, int64_t bound, Tensor scores,
+                 std::optional<Tensor> sink, std::optional<Tensor> recent, std::optional<Tensor> budget,
+                 std::optional<double> threshold, std::optional<Tensor> whole, std::optional<Tensor> spans,
+                 std::optional<Tensor> units, std::optional<Tensor> count,
+                 std::optional<Tensor> scratch) {
   const DeviceOf device(query);
   const Query q = query_of(query);
   const SummaryPool pool = summary_of(summary, -1, q.head_dim, query.scalar_type());
@@ -44,8 +56,11 @@ void score_pages(const Tensor& query, const Tensor& summary, const Tensor& pages
   check_heads(q.heads, kv_heads, 1);
   const PageTable table = table_of(pages, seq_lens, q.rows, pool.units * unit_tokens);
   const Scores to = scores_of(scores, q.rows, kv_heads, table.seq_lens, unit_tokens);
-  kernels::score_pages({q, pool, kv_heads, table, unit_tokens, bound_of(bound), to.data, to.row_stride,
-                        to.head_stride});
+  const Wanted wanted =
+      wanted_of(unit_tokens, q.rows, table.seq_lens, sink, recent, budget, threshold, whole, spans, units, count);
+  check_wanted(wanted, kv_heads);
+  kernels::score_pages({q, pool, kv_heads, table, unit_tokens, bound_of(bound), to, wanted,
+                        wanted.any() ? scratch_of(scratch, q) : nullptr});
 }
 
 void summarize_pages(const Tensor& key, const Tensor& slots, Tensor summary, int64_t bound) {
@@ -56,23 +71,15 @@ void summarize_pages(const Tensor& key, const Tensor& slots, Tensor summary, int
                         summary_of(summary, written.kv_heads, written.head_dim, key.scalar_type())});
 }
 
-void select_units(const Tensor& scores, const Tensor& seq_lens, const Tensor& sink, const Tensor& recent,
-                  const Tensor& budget, int64_t unit_tokens, std::optional<double> threshold, Tensor spans,
-                  Tensor units, Tensor count) {
+void select_units(const Tensor& scores, const Tensor& seq_lens, int64_t unit_tokens, const Tensor& sink,
+                  const Tensor& recent, const Tensor& budget, std::optional<double> threshold,
+                  std::optional<Tensor> whole, Tensor spans, Tensor units, Tensor count) {
   const DeviceOf device(scores);
   const int64_t rows = scores.size(0);
-  const Selection selection = selection_of(spans, units, count, unit_tokens, rows);
   const int32_t* lens = dense<int32_t>(seq_lens, "seq_lens", ScalarType::Int, {rows});
-  const Scores from = scores_of(scores, rows, selection.heads, lens, unit_tokens);
-  check_values(threshold ? rows : 0, [&](int64_t b) {
-    STD_TORCH_CHECK((lens[b] + unit_tokens - 1) / unit_tokens <= selection.slots, "units.shape[2] = ", selection.slots,
-                    " is too small for every unit of ", lens[b], " tokens");
-  });
-  kernels::select_units({from.data, from.row_stride, from.head_stride, rows, lens,
-                     dense<int32_t>(sink, "sink", ScalarType::Int, {selection.heads}),
-                     dense<int32_t>(recent, "recent", ScalarType::Int, {selection.heads}),
-                     dense<int32_t>(budget, "budget", ScalarType::Int, {selection.heads}), threshold.has_value(),
-                     static_cast<float>(threshold.value_or(0)), selection});
+  const Wanted wanted =
+      wanted_of(unit_tokens, rows, lens, sink, recent, budget, threshold, whole, spans, units, count);
+  kernels::select_units({scores_of(scores, rows, wanted.selection.heads, lens, unit_tokens), rows, wanted});
 }
 
 void summarize_gates(const Tensor& key, const Tensor& slots, const Tensor& positions, const Tensor& weight,
@@ -94,7 +101,10 @@ void summarize_gates(const Tensor& key, const Tensor& slots, const Tensor& posit
 
 void score_gates(const Tensor& query, const Tensor& summary, const Tensor& pages, const Tensor& seq_lens,
                  int64_t unit_tokens, const Tensor& weight, std::optional<Tensor> norm, const Tensor& unrope,
-                 std::optional<Tensor> rope, Tensor scores) {
+                 std::optional<Tensor> rope, Tensor scores,
+                 std::optional<Tensor> sink, std::optional<Tensor> recent, std::optional<Tensor> budget,
+                 std::optional<double> threshold, std::optional<Tensor> whole, std::optional<Tensor> spans,
+                 std::optional<Tensor> units, std::optional<Tensor> count) {
   const DeviceOf device(query);
   const Query q = query_of(query);
   const int64_t kv_heads = summary.size(1);
@@ -107,34 +117,36 @@ void score_gates(const Tensor& query, const Tensor& summary, const Tensor& pages
     STD_TORCH_CHECK(table.seq_lens[b] <= unrope.size(0), "seq_lens[", b, "] = ", table.seq_lens[b], " exceeds the ",
                     unrope.size(0), " positions of unrope");
   });
-  kernels::score_gates({q, pool, kv_heads, table, unit_tokens, gate, to.data, to.row_stride, to.head_stride});
+  const Wanted wanted =
+      wanted_of(unit_tokens, q.rows, table.seq_lens, sink, recent, budget, threshold, whole, spans, units, count);
+  check_wanted(wanted, kv_heads);
+  kernels::score_gates({q, pool, kv_heads, table, unit_tokens, gate, to, wanted});
 }
 
 void search_blocks(const Tensor& query, const Tensor& key, const Tensor& pages, const Tensor& seq_lens, Tensor state,
                    std::vector<int64_t> chunk_tokens, std::vector<int64_t> stage_tokens,
                    std::vector<int64_t> refresh_steps, const Tensor& sink, const Tensor& recent, const Tensor& budget,
-                   Tensor spans, Tensor units, Tensor count) {
+                   std::optional<Tensor> whole, Tensor spans, Tensor units, Tensor count, std::optional<Tensor> scores,
+                   std::optional<Tensor> scratch) {
   const DeviceOf device(query);
   SearchBlocksParams params{};
   copy_list(chunk_tokens, "chunk_tokens", params.chunk_tokens);
   copy_list(stage_tokens, "stage_tokens", params.stage_tokens);
   copy_list(refresh_steps, "refresh_steps", params.refresh_steps);
-  params.query = query_of(query);
-  params.cache = key_cache(key, params.query, pages, seq_lens);
+  const Query& q = params.query = query_of(query);
+  params.cache = key_cache(key, q, pages, seq_lens);
   const int64_t unit = params.chunk_tokens[kSearchStages - 1];
-  params.selection = selection_of(spans, units, count, unit, params.query.rows);
-  const int64_t heads = params.selection.heads;
-  check_heads(params.query.heads, params.cache.heads, heads);
-  params.sink = dense<int32_t>(sink, "sink", ScalarType::Int, {heads});
+  const Wanted& wanted = params.wanted =
+      wanted_of(unit, q.rows, params.cache.table.seq_lens, sink, recent, budget, {}, whole, spans, units, count);
+  const int64_t heads = wanted.selection.heads;
+  check_heads(q.heads, params.cache.heads, heads);
   check_values(heads, [&](int64_t h) {
-    STD_TORCH_CHECK(params.sink[h] % unit == 0, "sink[", h, "] must be a multiple of ", unit, ", not ", params.sink[h]);
+    STD_TORCH_CHECK(wanted.sink[h] % unit == 0, "sink[", h, "] must be a multiple of ", unit, ", not ", wanted.sink[h]);
   });
-  params.recent = dense<int32_t>(recent, "recent", ScalarType::Int, {heads});
-  params.budget = dense<int32_t>(budget, "budget", ScalarType::Int, {heads});
   check_shape(state, "state", {key.size(0), heads, -1});
   check_type(state, "state", ScalarType::Int);
   check_stride(state, "state", 2, 1);
-  int64_t words = 1 + kSearchStages + params.selection.slots;
+  int64_t words = 1 + kSearchStages + wanted.selection.slots;
   for (int i = 0; i + 1 < kSearchStages; ++i) {
     STD_TORCH_CHECK(params.chunk_tokens[i] % params.chunk_tokens[i + 1] == 0, "chunk_tokens[", i,
                     "] must be a multiple of chunk_tokens[", i + 1, "]");
@@ -144,6 +156,14 @@ void search_blocks(const Tensor& query, const Tensor& key, const Tensor& pages, 
   params.state = static_cast<int32_t*>(state.mutable_data_ptr());
   params.state_page_stride = state.stride(0);
   params.state_head_stride = state.stride(1);
+  if (!kValuesReadable) {
+    STD_TORCH_CHECK(scores, "scores are needed on ", kDevice);
+    check_shape(*scores, "scores", {q.rows, heads, -1});
+    STD_TORCH_CHECK(scores->size(2) >= params.most_chunks(), "scores.shape[2] must be at least ", params.most_chunks(),
+                    ", the chunks of a stage, not ", scores->size(2));
+    params.scores = scores_of(*scores, q.rows, heads, nullptr, unit);
+    params.scratch = scratch_of(scratch, q);
+  }
   kernels::search_blocks(params);
 }
 

@@ -29,6 +29,7 @@ void score_gates(const ScoreGatesParams& params) {
   for_each_item(rows * params.kv_heads, bytes, [&](int64_t i, int64_t) {
     if (params.table.seq_lens[i % rows] > 0) isa().score_gates(params, i % rows, i / rows);
   });
+  if (params.wanted.any()) select_units({params.scores, rows, params.wanted});
 }
 
 }  // namespace sparseserve::cpu

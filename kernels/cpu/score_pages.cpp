@@ -58,7 +58,7 @@ class PageScores {
         const char* ahead = page + 1 < item.end ? summary(item.row, page + 1, head)
                             : next              ? summary(next->row, next->begin, head)
                                                 : nullptr;
-        float* scores = params_.scores + item.row * params_.scores_row_stride + head * params_.scores_head_stride;
+        float* scores = params_.scores.of(item.row, head);
         isa().score_units(params_, queries + head * group_ * dims, group_, summary(item.row, page, head), complete,
                           ahead, scores + first);
         if (last < first + units) scores[last] = INFINITY;
@@ -75,6 +75,9 @@ class PageScores {
 
 }  // namespace
 
-void score_pages(const ScorePagesParams& params) { PageScores(params).run(); }
+void score_pages(const ScorePagesParams& params) {
+  PageScores(params).run();
+  if (params.wanted.any()) select_units({params.scores, params.query.rows, params.wanted});
+}
 
 }  // namespace sparseserve::cpu

@@ -86,7 +86,7 @@ class TokenScores {
 
   void store_units(const Item& item, int64_t head, const float* mass) {
     const int64_t unit = params_.unit_tokens;
-    float* scores = params_.scores + item.row * params_.scores_row_stride + head * params_.scores_head_stride;
+    float* scores = params_.scores.of(item.row, head);
     // Tokens of the last tiles that the row lacks have no mass, but a unit may be wider than the tiles there are.
     const int64_t known = tile_count(item.end - item.begin) * kTileTokens;
     for (int64_t token = item.begin; token < item.end; token += unit)
@@ -102,6 +102,9 @@ class TokenScores {
 
 }  // namespace
 
-void score_tokens(const ScoreTokensParams& params) { TokenScores(params).run(); }
+void score_tokens(const ScoreTokensParams& params) {
+  TokenScores(params).run();
+  if (params.wanted.any()) select_units({params.scores, params.query.rows, params.wanted});
+}
 
 }  // namespace sparseserve::cpu

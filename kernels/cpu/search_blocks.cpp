@@ -31,7 +31,8 @@ class BlockSearch {
  public:
   explicit BlockSearch(const SearchBlocksParams& params)
       : params_(params),
-        selection_(params.selection),
+        wanted_(params.wanted),
+        selection_(params.wanted.selection),
         kv_heads_(selection_.heads == 1 ? params.cache.heads : 1),
         heads_per_kv_(selection_.heads == params.query.heads ? 1 : params.query.heads / params.cache.heads),
         size_(size_of(params.cache.dtype)) {}
@@ -53,13 +54,13 @@ class BlockSearch {
     const Cache& cache = params_.cache;
     const int64_t at = row * selection_.heads + head, length = cache.table.seq_lens[row];
     int32_t* spans = selection_.spans + 2 * at;
-    if (length <= params_.budget[head]) {
+    if (wanted_.takes_all(row, head)) {
       spans[0] = spans[1] = static_cast<int32_t>(length);
       selection_.count[at] = 0;
       return;
     }
-    const int64_t recent = params_.recent[head];
-    spans[0] = params_.sink[head];
+    const int64_t recent = wanted_.recent[head];
+    spans[0] = wanted_.sink[head];
     spans[1] = static_cast<int32_t>(length - recent);
     const int64_t page = cache.table.pages[row * cache.table.stride + (length - 1) / cache.page_size];
     int32_t* state = params_.state + page * params_.state_page_stride + head * params_.state_head_stride;
@@ -84,7 +85,7 @@ class BlockSearch {
   // The most chunks that a stage keeps.
   int64_t most(const Search& search, int stage) const {
     if (stage + 1 < kStages) return params_.stage_tokens[stage] / params_.chunk_tokens[stage];
-    const int64_t tokens = params_.budget[search.head] - params_.sink[search.head] - params_.recent[search.head];
+    const int64_t tokens = wanted_.budget[search.head] - wanted_.sink[search.head] - wanted_.recent[search.head];
     return std::min(tokens / params_.chunk_tokens[stage], selection_.slots);
   }
 
@@ -114,7 +115,7 @@ class BlockSearch {
     const auto limit = static_cast<int32_t>(search.limit);
     search.chunks.clear();
     if (stage == 0) {
-      for (int32_t start = params_.sink[search.head]; start < limit; start += tokens) search.chunks.push_back(start);
+      for (int32_t start = wanted_.sink[search.head]; start < limit; start += tokens) search.chunks.push_back(start);
       return;
     }
     const int32_t* parents = kept(search, stage - 1);
@@ -172,6 +173,7 @@ class BlockSearch {
 
   static constexpr int kStages = kSearchStages;
   const SearchBlocksParams& params_;
+  const Wanted& wanted_;
   const Selection& selection_;
   const int64_t kv_heads_;      // that a selection head covers
   const int64_t heads_per_kv_;  // query heads of each

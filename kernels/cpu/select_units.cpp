@@ -60,26 +60,26 @@ int64_t take_above(const float* scores, int64_t first, int64_t last, float thres
 }
 
 void select(const SelectParams& params, int64_t row, int64_t head) {
-  const Selection& selection = params.selection;
+  const Wanted& wanted = params.wanted;
+  const Selection& selection = wanted.selection;
   const int64_t at = row * selection.heads + head, unit = selection.unit_tokens;
-  const int64_t length = params.seq_lens[row], sink = params.sink[head], recent = params.recent[head];
+  const int64_t length = wanted.seq_lens[row], sink = wanted.sink[head], recent = wanted.recent[head];
   int32_t* spans = selection.spans + 2 * at;
   selection.count[at] = 0;
-  if (!params.by_threshold && length <= params.budget[head]) {
+  if (wanted.takes_all(row, head)) {
     spans[0] = spans[1] = static_cast<int32_t>(length);
     return;
   }
   spans[0] = static_cast<int32_t>(std::min(sink, length));
   spans[1] = static_cast<int32_t>(std::max(length - recent, int64_t{spans[0]}));
   const int64_t first = sink / unit, last = (length - recent + unit - 1) / unit;
-  const float* scores = params.scores + row * params.scores_row_stride + head * params.scores_head_stride;
+  const float* scores = params.scores.of(row, head);
   int32_t* units = selection.units + at * selection.slots;
-  if (params.by_threshold) {
-    selection.count[at] = static_cast<int32_t>(take_above(scores, first, last, params.threshold, units));
+  if (wanted.by_threshold) {
+    selection.count[at] = static_cast<int32_t>(take_above(scores, first, last, wanted.threshold, units));
     return;
   }
-  const int64_t count =
-      std::min({last - first, (params.budget[head] - sink - recent) / unit, selection.slots});
+  const int64_t count = std::min({last - first, (wanted.budget[head] - sink - recent) / unit, selection.slots});
   if (count <= 0) return;
   selection.count[at] = static_cast<int32_t>(count);
   take_best(scores, first, last, count, units);
@@ -88,10 +88,11 @@ void select(const SelectParams& params, int64_t row, int64_t head) {
 }  // namespace
 
 void select_units(const SelectParams& params) {
-  const int64_t heads = params.selection.heads;
+  const Wanted& wanted = params.wanted;
+  const int64_t heads = wanted.selection.heads;
   int64_t bytes = 0;
   for (int64_t row = 0; row < params.rows; ++row)
-    bytes += params.seq_lens[row] / params.selection.unit_tokens * heads * kBytesPerUnit;
+    bytes += wanted.seq_lens[row] / wanted.selection.unit_tokens * heads * kBytesPerUnit;
   for_each_item(params.rows * heads, bytes, [&](int64_t i, int64_t) { select(params, i / heads, i % heads); });
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "attended.h"
+#include "blocks.h"
 #include "launch.h"
 
 namespace sparseserve::cuda {
@@ -145,7 +146,8 @@ class AttendBlock {
     attend_tiles(attended, split_ * each + warp, min(attended.tiles(), (split_ + 1) * each), lane, sums);
     merge_warps(sums, lane, warp);
     if (splits_ == 1) return;
-    if (is_last()) merge_splits();
+    int32_t* done = &counters_of(p_.scratch, p_.query, row_, head_)->done;
+    if (is_last(done, splits_, reinterpret_cast<int*>(shared_))) merge_splits();
   }
 
  private:
@@ -221,22 +223,6 @@ class AttendBlock {
     }
   }
 
-  // Whether all other blocks of the row have left their share.
-  __device__ bool is_last() {
-    int* counter = reinterpret_cast<int*>(scratch_of(0));
-    int* last = reinterpret_cast<int*>(shared_);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) *last = atomicAdd(counter, 1) == splits_ - 1;
-    __syncthreads();
-    const bool is = *last;
-    __syncthreads();
-    if (!is) return false;
-    __threadfence();
-    if (threadIdx.x == 0) *counter = 0;  // for the next step
-    return true;
-  }
-
   __device__ void merge_splits() {
     static_assert(kMaxSplits == 32, "a lane for each split");
     const int lane = threadIdx.x % 32;
@@ -262,16 +248,13 @@ class AttendBlock {
     }
   }
 
-  __device__ __forceinline__ float* scratch_of(int head) const {
-    return static_cast<float*>(p_.scratch) + scratch_words(1, 1, D) * (row_ * p_.query.heads + head_ + head);
-  }
-
   __device__ __forceinline__ Partial of_warp(int warp, int head) const {
     return {shared_ + (warp * group_ + head) * (D + 2), D};
   }
 
   __device__ __forceinline__ Partial of_split(int split, int head) const {
-    return {scratch_of(head) + 1 + split * (D + 2), D};
+    float* words = reinterpret_cast<float*>(counters_of(p_.scratch, p_.query, row_, head_ + head));
+    return {words + kCounterWords + split * (D + 2), D};
   }
 
   // As long as the registers last, values are asked for with the keys, and queries are kept.
@@ -286,7 +269,8 @@ class AttendBlock {
 };
 
 template <class T, int D, int NT>
-__global__ void __launch_bounds__(kThreads) attend_kernel(const __grid_constant__ AttendParams params) {
+__global__ void __launch_bounds__(kThreads, D * NT <= 64 ? 4 : D * NT <= 128 ? 3 : 2)
+    attend_kernel(const __grid_constant__ AttendParams params) {
   SPARSESERVE_DYNAMIC_SHARED(shared);
   AttendBlock<T, D, NT>(params, shared).run();
 }

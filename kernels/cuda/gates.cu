@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "fold.h"
-#include "fragments.h"
 #include "launch.h"
+#include "select.h"
 
 namespace sparseserve::cuda {
 
@@ -71,7 +71,7 @@ __device__ __forceinline__ void pool(int tokens, Value value, float* pooled, int
 
 // A block for each token and KV head, most of which have nothing to do; a thread for each dim.
 template <class T>
-__global__ void summarize_gates_kernel(const __grid_constant__ SummarizeGatesParams p) {
+__global__ void __launch_bounds__(256) summarize_gates_kernel(const __grid_constant__ SummarizeGatesParams p) {
   const Written& from = p.written;
   if (!from.completes_unit(blockIdx.x)) return;
   SPARSESERVE_DYNAMIC_SHARED(shared);
@@ -125,17 +125,26 @@ class GateScores {
         dims_(static_cast<int>(params.gate.dim)),
         length_(params.table.seq_lens[row_]),
         units_(length_ / static_cast<int>(params.unit_tokens)),
-        scores_(params.scores + row_ * params.scores_row_stride + head_ * params.scores_head_stride),
-        partial_(reinterpret_cast<float*>(shared)),
+        scores_(params.scores.of(row_, head_)),
+        best_(reinterpret_cast<BestShared<kScoreThreads>*>(shared)),
+        partial_(reinterpret_cast<float*>(best_ + 1)),
         projected_(partial_ + kScoreThreads),
         plain_(projected_ + dims_) {}
 
   static int64_t shared_bytes(const ScoreGatesParams& p) {
-    return (kScoreThreads + p.gate.dim + p.query.heads / p.kv_heads * p.query.head_dim) * sizeof(float);
+    const int64_t numbers = kScoreThreads + p.gate.dim + p.query.heads / p.kv_heads * p.query.head_dim;
+    return sizeof(BestShared<kScoreThreads>) + numbers * sizeof(float);
   }
 
   __device__ void run() {
-    if (length_ == 0) return;
+    if (length_ > 0) score();
+    if (!p_.wanted.any()) return;
+    __syncthreads();
+    select_row(p_.scores, p_.wanted, row_, head_, *best_);
+  }
+
+ private:
+  __device__ void score() {
     make_query();
     const int last = (length_ - 1) / static_cast<int>(p_.unit_tokens);
     const bool zero = last == units_;  // one more logit, of an incomplete unit
@@ -147,7 +156,6 @@ class GateScores {
     for (int i = threadIdx.x; i <= last; i += kScoreThreads) scores_[i] = i == last ? INFINITY : scores_[i] - lse;
   }
 
- private:
   // The gate's query over sqrt(dim), into partial_.
   __device__ void make_query() {
     const int head_dim = static_cast<int>(p_.query.head_dim), group = static_cast<int>(p_.query.heads / p_.kv_heads);
@@ -201,13 +209,16 @@ class GateScores {
   }
 
   const ScoreGatesParams& p_;
-  const int64_t row_, head_;
+  const int row_, head_;
   const int dims_, length_, units_;
-  float *scores_, *partial_, *projected_, *plain_;
+  float* scores_;
+  BestShared<kScoreThreads>* best_;
+  float *partial_, *projected_, *plain_;
 };
 
 template <class T>
-__global__ void __launch_bounds__(kScoreThreads) score_gates_kernel(const __grid_constant__ ScoreGatesParams params) {
+__global__ void __launch_bounds__(kScoreThreads, 1)
+    score_gates_kernel(const __grid_constant__ ScoreGatesParams params) {
   SPARSESERVE_DYNAMIC_SHARED(shared);
   GateScores<T>(params, shared).run();
 }

@@ -1,8 +1,11 @@
 // Scores of units by their summaries: a warp takes 16 units. q.center + |q|.half is a dot product of the summary's two
 // rows with weights made of the query: min(q, 0) and max(q, 0) for minimum and maximum, q and |q| for mean and
-// deviation.
-#include "fragments.h"
+// deviation. The block that finishes a row and head last selects, if a selection is wanted.
+#include <algorithm>
+
+#include "blocks.h"
 #include "launch.h"
+#include "select.h"
 
 namespace sparseserve::cuda {
 
@@ -18,13 +21,14 @@ __device__ __forceinline__ uint4 each(uint4 x, F f) {
   return make_uint4(f(x.x), f(x.y), f(x.z), f(x.w));
 }
 
+constexpr int kBlockUnits = kWarps * kTileTokens;
+
+// The 16 units from `begin` on, by one warp; the row's last one is `last`.
 template <class T, int D, int NT>
-__global__ void __launch_bounds__(kThreads) score_pages_kernel(const __grid_constant__ ScorePagesParams p) {
+__device__ __forceinline__ void score_tile(const ScorePagesParams& p, int begin, int last) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = blockIdx.z, head = blockIdx.y;
-  const int length = p.table.seq_lens[row], begin = (blockIdx.x * kWarps + threadIdx.x / 32) * kTileTokens;
-  const int last = (length - 1) / static_cast<int>(p.unit_tokens);
-  if (length == 0 || begin > last) return;
-  float* scores = p.scores + row * p.scores_row_stride + head * p.scores_head_stride;
+  if (begin > last) return;
+  float* scores = p.scores.of(row, head);
   if (last < begin + kTileTokens && lane == 0) scores[last] = INFINITY;
   if (begin == last) return;
 
@@ -65,16 +69,29 @@ __global__ void __launch_bounds__(kThreads) score_pages_kernel(const __grid_cons
   }
 }
 
+template <class T, int D, int NT>
+__global__ void __launch_bounds__(kThreads, D * NT <= 128 ? 4 : 2)
+    score_pages_kernel(const __grid_constant__ ScorePagesParams p) {
+  SPARSESERVE_DYNAMIC_SHARED(shared);
+  const int row = blockIdx.z, head = blockIdx.y, unit = static_cast<int>(p.unit_tokens);
+  const int units = (p.table.seq_lens[row] + unit - 1) / unit, blocks = max(1, (units + kBlockUnits - 1) / kBlockUnits);
+  if (static_cast<int>(blockIdx.x) >= blocks) return;
+  score_tile<T, D, NT>(p, (blockIdx.x * kWarps + threadIdx.x / 32) * kTileTokens, units - 1);
+  if (!p.wanted.any()) return;
+  Counters* counters = counters_of(p.scratch, p.query, row, head * static_cast<int>(p.query.heads / p.kv_heads));
+  select_last(p.scores, p.wanted, counters, blocks, row, head, *reinterpret_cast<BestShared<kThreads>*>(shared));
+}
+
 }  // namespace
 
 void score_pages(const ScorePagesParams& params) {
-  const int64_t units = params.table.width * params.summary.units, each = kWarps * kTileTokens;
-  const dim3 grid((units + each - 1) / each, params.kv_heads, params.query.rows);
+  const int64_t units = params.table.width * params.summary.units;
+  const dim3 grid((units + kBlockUnits - 1) / kBlockUnits, params.kv_heads, params.query.rows);
   for_type(params.query.dtype, params.query.head_dim, [&]<class T, int D>() {
     if (params.query.heads / params.kv_heads <= 8)
-      launch(score_pages_kernel<T, D, 1>, grid, kThreads, 0, params);
+      launch(score_pages_kernel<T, D, 1>, grid, kThreads, sizeof(BestShared<kThreads>), params);
     else
-      launch(score_pages_kernel<T, D, 2>, grid, kThreads, 0, params);
+      launch(score_pages_kernel<T, D, 2>, grid, kThreads, sizeof(BestShared<kThreads>), params);
   });
 }
 

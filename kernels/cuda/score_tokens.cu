@@ -1,21 +1,21 @@
-// Attention mass of every unit: a warp takes 64 tokens, every lane two of each 16 and two query heads.
+// Attention mass of every unit: a warp takes 64 tokens, every lane two of each 16 and two query heads. The block that
+// finishes a row and head last selects, if a selection is wanted.
 #include <algorithm>
 
-#include "fragments.h"
 #include "launch.h"
+#include "select.h"
 
 namespace sparseserve::cuda {
 
 namespace {
 
-constexpr int kTiles = 4, kWarpTokens = kTiles * kTileTokens;
+constexpr int kTiles = 4, kWarpTokens = kTiles * kTileTokens, kBlockTokens = kWarps * kWarpTokens;
 
+// The mass of the 64 tokens from `begin` on, by one warp.
 template <class T, int D, int NT>
-__global__ void __launch_bounds__(kThreads) score_tokens_kernel(const __grid_constant__ ScoreTokensParams p) {
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = blockIdx.z, head = blockIdx.y;
-  const int length = p.cache.table.seq_lens[row];
-  const int begin = (blockIdx.x * kWarps + threadIdx.x / 32) * kWarpTokens;
+__device__ __forceinline__ void score_tiles(const ScoreTokensParams& p, int begin, int length) {
   if (begin >= length) return;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, row = blockIdx.z, head = blockIdx.y;
   const int kv_heads = static_cast<int>(p.cache.heads), selection_heads = gridDim.y;
   const int parts = selection_heads == 1 ? kv_heads : 1;  // KV heads that share a selection
   const int group = static_cast<int>(p.query.heads) / (selection_heads * parts);
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) score_tokens_kernel(const __grid_con
     }
   }
 
-  float* scores = p.scores + row * p.scores_row_stride + head * p.scores_head_stride;
+  float* scores = p.scores.of(row, head);
   const int unit = static_cast<int>(p.unit_tokens);
   float tile_mass[kTiles];
 #pragma unroll
@@ -81,17 +81,30 @@ __global__ void __launch_bounds__(kThreads) score_tokens_kernel(const __grid_con
   }
 }
 
+template <class T, int D, int NT>
+__global__ void __launch_bounds__(kThreads, D * NT <= 128 ? 4 : 2)
+    score_tokens_kernel(const __grid_constant__ ScoreTokensParams p) {
+  SPARSESERVE_DYNAMIC_SHARED(shared);
+  const int row = blockIdx.z, head = blockIdx.y, length = p.cache.table.seq_lens[row];
+  const int blocks = max(1, (length + kBlockTokens - 1) / kBlockTokens);
+  if (static_cast<int>(blockIdx.x) >= blocks) return;
+  score_tiles<T, D, NT>(p, (blockIdx.x * kWarps + threadIdx.x / 32) * kWarpTokens, length);
+  if (!p.wanted.any()) return;
+  Counters* counters = counters_of(p.scratch, p.query, row, head * static_cast<int>(p.query.heads / p.heads));
+  select_last(p.scores, p.wanted, counters, blocks, row, head, *reinterpret_cast<BestShared<kThreads>*>(shared));
+}
+
 }  // namespace
 
 void score_tokens(const ScoreTokensParams& params) {
   const int64_t group = params.query.heads / std::max(params.cache.heads, params.heads);
-  const int64_t tokens = params.cache.table.width * params.cache.page_size, each = kWarps * kWarpTokens;
-  const dim3 grid((tokens + each - 1) / each, params.heads, params.query.rows);
+  const int64_t tokens = params.cache.table.width * params.cache.page_size;
+  const dim3 grid((tokens + kBlockTokens - 1) / kBlockTokens, params.heads, params.query.rows);
   for_type(params.query.dtype, params.query.head_dim, [&]<class T, int D>() {
     if (group <= 8)
-      launch(score_tokens_kernel<T, D, 1>, grid, kThreads, 0, params);
+      launch(score_tokens_kernel<T, D, 1>, grid, kThreads, sizeof(BestShared<kThreads>), params);
     else
-      launch(score_tokens_kernel<T, D, 2>, grid, kThreads, 0, params);
+      launch(score_tokens_kernel<T, D, 2>, grid, kThreads, sizeof(BestShared<kThreads>), params);
   });
 }
 

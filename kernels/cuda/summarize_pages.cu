@@ -21,7 +21,7 @@ __device__ __forceinline__ float fold_tokens(const T* key, int64_t stride, int t
 }
 
 template <class T>
-__global__ void summarize_kernel(const __grid_constant__ SummarizeParams p) {
+__global__ void __launch_bounds__(256, 4) summarize_kernel(const __grid_constant__ SummarizeParams p) {
   const Written& from = p.written;
   const int tokens = static_cast<int>(from.unit_tokens), head = blockIdx.y, dim = threadIdx.x;
   if (!from.completes_unit(blockIdx.x)) return;

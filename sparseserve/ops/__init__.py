@@ -9,28 +9,32 @@ CPU layout: strides of pages and heads are free; within a page and head K is den
 
 CUDA layout: strides of pages, heads and tokens are free multiples of 16 bytes, the same for keys and values. bf16 and
 fp16; P is a multiple of 16, D is 64, 96, 128 or 256, a group has up to 16 query heads. Lengths, pages and slots are not
-checked.
+checked. Where the blocks of a row must meet, `scratch` is what `step_scratch` gives, kept from step to step.
+
+An op that scores units also selects, in the same launch on CUDA, when a selection is `wanted`: as `select_units` would.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sparseserve.ops.library import isa, kernels, use_isa
-from sparseserve.types import Bound, Gate, PagedKV, Selection
+from sparseserve.types import Bound, Gate, PagedKV, Selection, Wanted
 
 __all__ = [
     "attend",
-    "attend_scratch",
     "isa",
+    "most_chunks",
     "score_gates",
     "score_pages",
     "score_tokens",
     "search_blocks",
     "select_units",
+    "step_scratch",
     "summarize_gates",
     "summarize_pages",
     "use_isa",
@@ -58,6 +62,8 @@ def score_pages(
     unit_tokens: int,
     bound: Bound,
     scores: Tensor | None = None,
+    wanted: Wanted | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """Score every unit by what its summary says about its keys: q.center + |q|.half, the best of the group.
 
@@ -70,7 +76,17 @@ def score_pages(
     if scores is None:
         shape = query.shape[0], summary.shape[1], pages.shape[1] * summary.shape[2]
         scores = query.new_full(shape, -torch.inf, dtype=torch.float32)
-    torch.ops.sparseserve.score_pages(query, summary, pages, seq_lens, unit_tokens, _BOUNDS[bound], scores)
+    torch.ops.sparseserve.score_pages(
+        query,
+        summary,
+        pages,
+        seq_lens,
+        unit_tokens,
+        _BOUNDS[bound],
+        scores,
+        *_parts(wanted),
+        scratch if wanted is None else _scratch(scratch, query),
+    )
     return scores
 
 
@@ -83,6 +99,8 @@ def score_tokens(
     scale: float,
     scores: Tensor,
     unit_tokens: int,
+    wanted: Wanted | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """The attention mass of every unit: sum of exp(scale * q.k - lse) over its tokens and a selection head's queries.
 
@@ -91,7 +109,18 @@ def score_tokens(
     as they are.
     """
     kernels(query.device.type)
-    torch.ops.sparseserve.score_tokens(query, key, pages, seq_lens, lse, scale, unit_tokens, scores)
+    torch.ops.sparseserve.score_tokens(
+        query,
+        key,
+        pages,
+        seq_lens,
+        lse,
+        scale,
+        unit_tokens,
+        scores,
+        *_parts(wanted),
+        scratch if wanted is None else _scratch(scratch, query),
+    )
     return scores
 
 
@@ -117,6 +146,7 @@ def score_gates(
     unit_tokens: int,
     gate: Gate,
     scores: Tensor | None = None,
+    wanted: Wanted | None = None,
 ) -> Tensor:
     """The logarithm of the share that a gate gives to every complete unit, and infinity for the last unit.
 
@@ -128,40 +158,18 @@ def score_gates(
     if scores is None:
         shape = query.shape[0], summary.shape[1], pages.shape[1] * summary.shape[2]
         scores = query.new_full(shape, -torch.inf, dtype=torch.float32)
-    torch.ops.sparseserve.score_gates(
-        query, summary, pages, seq_lens, unit_tokens, gate.query, gate.query_norm, gate.unrope, gate.rope, scores
-    )
+    weights = gate.query, gate.query_norm, gate.unrope, gate.rope
+    torch.ops.sparseserve.score_gates(query, summary, pages, seq_lens, unit_tokens, *weights, scores, *_parts(wanted))
     return scores
 
 
-def select_units(
-    scores: Tensor,
-    seq_lens: Tensor,
-    sink: Tensor,
-    recent: Tensor,
-    budget: Tensor,
-    selection: Selection,
-    threshold: float | None = None,
-) -> None:
-    """Fill `selection` with sink, recent tokens and the best units that the budget still allows.
+def select_units(scores: Tensor, seq_lens: Tensor, wanted: Wanted) -> None:
+    """Fill the selection that is `wanted` by scores [B, Hs, >= units] fp32 of the units; seq_lens [B] int32.
 
-    scores [B, Hs, >= units] fp32; seq_lens [B] int32; sink, recent, budget [Hs] int32 tokens, sink + recent <= budget.
-    Rows within the budget are selected whole, without units. Ties go to the lower unit, NaN is the lowest score. With a
-    threshold, the units that score above it are selected instead, whatever the budget; the slots must hold all units.
+    Ties go to the lower unit, NaN is the lowest score.
     """
     kernels(scores.device.type)
-    torch.ops.sparseserve.select_units(
-        scores,
-        seq_lens,
-        sink,
-        recent,
-        budget,
-        selection.unit_tokens,
-        threshold,
-        selection.spans,
-        selection.units,
-        selection.count,
-    )
+    torch.ops.sparseserve.select_units(scores, seq_lens, wanted.selection.unit_tokens, *_parts(wanted))
 
 
 def search_blocks(
@@ -174,16 +182,15 @@ def search_blocks(
     chunk_tokens: Sequence[int],
     stage_tokens: Sequence[int],
     refresh_steps: Sequence[int],
-    sink: Tensor,
-    recent: Tensor,
-    budget: Tensor,
-    selection: Selection,
+    wanted: Wanted,
+    scores: Tensor | None = None,
+    scratch: Tensor | None = None,
 ) -> None:
-    """Fill `selection` with sink, recent tokens and the units that a search in three stages finds, reading few keys.
+    """Fill the selection that is `wanted` with the units that a search in three stages finds, reading few keys.
 
-    query [B, Hq, D]; key [M, H, P, D] of the same dtype; pages [B, N] int32; seq_lens [B] int32; sink, recent, budget
-    [Hs] int32 tokens, sink a multiple of the last chunk; selection in units of the last chunk. Rows within the budget
-    are selected whole, without units.
+    query [B, Hq, D]; key [M, H, P, D] of the same dtype; pages [B, N] int32; seq_lens [B] int32. The selection is in
+    units of the last chunk, the sink a multiple of it; what counts is the budget, not a threshold. On CUDA `scores`
+    [B, Hs, >= most_chunks] fp32 is room for the scores of a stage.
 
     A stage scores its chunks of chunk_tokens[i] tokens and keeps stage_tokens[i] tokens of the best, the last stage
     what the budget allows; ties go to the lower chunk. What is kept is split into the chunks of the next stage. The
@@ -198,6 +205,10 @@ def search_blocks(
     first stage i whose refresh_steps[i] divides the offset of the current token in its page, or only reuses the units.
     """
     kernels(query.device.type)
+    selection = wanted.selection
+    if query.is_cuda and scores is None:
+        chunks = most_chunks(pages.shape[1] * key.shape[2], chunk_tokens, stage_tokens)
+        scores = query.new_empty((*selection.count.shape, chunks), dtype=torch.float32)
     torch.ops.sparseserve.search_blocks(
         query,
         key,
@@ -207,13 +218,25 @@ def search_blocks(
         chunk_tokens,
         stage_tokens,
         refresh_steps,
-        sink,
-        recent,
-        budget,
+        wanted.sink,
+        wanted.recent,
+        wanted.budget,
+        wanted.whole,
         selection.spans,
         selection.units,
         selection.count,
+        scores,
+        _scratch(scratch, query),
     )
+
+
+def most_chunks(max_len: int, chunk_tokens: Sequence[int], stage_tokens: Sequence[int]) -> int:
+    """The most chunks that a stage of `search_blocks` scores in rows of up to `max_len` tokens."""
+    split = (
+        tokens // chunk * (chunk // part)
+        for tokens, (chunk, part) in zip(stage_tokens, pairwise(chunk_tokens), strict=True)
+    )
+    return max(-(-max_len // chunk_tokens[0]), *split)
 
 
 def attend(
@@ -232,16 +255,13 @@ def attend(
 
     query, out [B, Hq, D] of the cache's dtype; pages [B, N] int32; seq_lens [B] int32; lse [B, Hq] fp32, natural log;
     attended [B, Hs] int32, the number of tokens in the union. A row without tokens gives out 0 and lse -inf. What lies
-    outside the selection has no influence, and a row's result does not depend on the other rows. On CUDA `scratch` is
-    what `attend_scratch` gives, kept from step to step.
+    outside the selection has no influence, and a row's result does not depend on the other rows.
     """
     kernels(query.device.type)
-    rows, heads, dim = query.shape
+    rows, heads, _ = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     lse = query.new_empty((rows, heads), dtype=torch.float32) if lse is None else lse
     attended = torch.empty_like(selection.count) if attended is None else attended
-    if query.is_cuda and scratch is None:
-        scratch = attend_scratch(rows, heads, dim, query.device)
     torch.ops.sparseserve.attend(
         query,
         kv.key,
@@ -256,15 +276,29 @@ def attend(
         out,
         lse,
         attended,
-        scratch,
+        _scratch(scratch, query),
     )
     return out, lse
 
 
-def attend_scratch(rows: int, heads: int, head_dim: int, device: torch.device) -> Tensor:
-    """The fp32 memory in which `attend` merges the pieces of up to `rows` rows of `heads` query heads on CUDA.
+def step_scratch(rows: int, heads: int, head_dim: int, device: torch.device) -> Tensor:
+    """The fp32 memory in which the blocks of up to `rows` rows of `heads` query heads meet on CUDA.
 
     Zero at first; every call leaves it ready for the next.
     """
-    splits = 32  # kMaxSplits in kernels/include/sparseserve/params.h
-    return torch.zeros(rows * heads * (1 + splits * (head_dim + 2)), device=device)
+    counters, splits = 3, 32  # kCounterWords and kMaxSplits in kernels/include/sparseserve/params.h
+    return torch.zeros(rows * heads * (counters + splits * (head_dim + 2)), device=device)
+
+
+def _scratch(given: Tensor | None, query: Tensor) -> Tensor | None:
+    rows, heads, dim = query.shape
+    return step_scratch(rows, heads, dim, query.device) if query.is_cuda and given is None else given
+
+
+def _parts(wanted: Wanted | None) -> tuple[Tensor | float | None, ...]:
+    """What the ops get of a selection to be filled."""
+    if wanted is None:
+        return (None,) * 8
+    selection = wanted.selection
+    limits = wanted.sink, wanted.recent, wanted.budget, wanted.threshold, wanted.whole
+    return *limits, selection.spans, selection.units, selection.count

@@ -8,24 +8,30 @@ import importlib.util
 
 import torch
 
+# A selection to be filled, if any.
+_WANTED = (
+    "Tensor? sink=None, Tensor? recent=None, Tensor? budget=None, float? threshold=None, Tensor? whole=None, "
+    "Tensor(b!)? spans=None, Tensor(c!)? units=None, Tensor(d!)? count=None"
+)
+_SCRATCH = "Tensor(e!)? scratch=None"
 SCHEMAS = {
     "summarize_pages": "(Tensor key, Tensor slots, Tensor(a!) summary, int bound) -> ()",
     "score_pages": "(Tensor query, Tensor summary, Tensor pages, Tensor seq_lens, int unit_tokens, int bound, "
-    "Tensor(a!) scores) -> ()",
+    f"Tensor(a!) scores, {_WANTED}, {_SCRATCH}) -> ()",
     "score_tokens": "(Tensor query, Tensor key, Tensor pages, Tensor seq_lens, Tensor lse, float scale, "
-    "int unit_tokens, Tensor(a!) scores) -> ()",
+    f"int unit_tokens, Tensor(a!) scores, {_WANTED}, {_SCRATCH}) -> ()",
     "summarize_gates": "(Tensor key, Tensor slots, Tensor positions, Tensor weight, Tensor? norm, Tensor unrope, "
     "Tensor? rope, Tensor(a!) summary) -> ()",
     "score_gates": "(Tensor query, Tensor summary, Tensor pages, Tensor seq_lens, int unit_tokens, Tensor weight, "
-    "Tensor? norm, Tensor unrope, Tensor? rope, Tensor(a!) scores) -> ()",
-    "select_units": "(Tensor scores, Tensor seq_lens, Tensor sink, Tensor recent, Tensor budget, int unit_tokens, "
-    "float? threshold, Tensor(a!) spans, Tensor(b!) units, Tensor(c!) count) -> ()",
+    f"Tensor? norm, Tensor unrope, Tensor? rope, Tensor(a!) scores, {_WANTED}) -> ()",
+    "select_units": "(Tensor scores, Tensor seq_lens, int unit_tokens, Tensor sink, Tensor recent, Tensor budget, "
+    "float? threshold, Tensor? whole, Tensor(a!) spans, Tensor(b!) units, Tensor(c!) count) -> ()",
     "search_blocks": "(Tensor query, Tensor key, Tensor pages, Tensor seq_lens, Tensor(a!) state, int[] chunk_tokens, "
-    "int[] stage_tokens, int[] refresh_steps, Tensor sink, Tensor recent, Tensor budget, Tensor(b!) spans, "
-    "Tensor(c!) units, Tensor(d!) count) -> ()",
+    "int[] stage_tokens, int[] refresh_steps, Tensor sink, Tensor recent, Tensor budget, Tensor? whole, "
+    f"Tensor(b!) spans, Tensor(c!) units, Tensor(d!) count, Tensor(f!)? scores=None, {_SCRATCH}) -> ()",
     "attend": "(Tensor query, Tensor key, Tensor value, Tensor pages, Tensor seq_lens, Tensor spans, Tensor units, "
     "Tensor count, int unit_tokens, float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) attended, "
-    "Tensor(d!)? scratch=None) -> ()",
+    f"{_SCRATCH}) -> ()",
 }
 
 

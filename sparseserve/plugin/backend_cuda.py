@@ -39,9 +39,10 @@ from sparseserve.plugin.settings import (
     policy_of,
 )
 from sparseserve.plugin.stats import CudaMeter
+from sparseserve.plugin.workspace import step_memory
 from sparseserve.policies import Policy
 from sparseserve.step import StepBuffers
-from sparseserve.types import NewTokens, PageTable, Step, on_device
+from sparseserve.types import HeadShape, NewTokens, PageTable, Step, on_device
 
 
 class SparseCUDABackend(FlashAttentionBackend):
@@ -132,7 +133,8 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
         plans = on_device(policy.plans(model), self.device)
         rows = config.scheduler_config.max_num_seqs
         self._policy, self._model = policy, model
-        self._buffers = StepBuffers(policy, plans, heads, rows, model.max_len, self.device)
+        memory = step_memory(config, policy, heads, self.device)
+        self._buffers = StepBuffers(policy, plans, heads, rows, model.max_len, self.device, memory)
         mine = [plans[extract_layer_index(name)] for name in layers]
         runner = "V2" if config.use_v2_model_runner else "V1"
         self._meter = CudaMeter(policy, mine, len(plans), self.device, runner)
@@ -226,6 +228,10 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
+        if attn_metadata is None and self.backend.policy is not None:
+            # vLLM measures how much memory it must leave beside the KV cache.
+            heads = HeadShape(self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_size)
+            step_memory(self._config, self.backend.policy, heads, query.device)
         step = getattr(attn_metadata, "step", None)
         if step is None:
             return super().forward(

@@ -31,7 +31,8 @@ class SparseImpl:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.backend.policy = policy_of(get_current_vllm_config())
+        self._config = get_current_vllm_config()
+        self.backend.policy = policy_of(self._config)
 
     def bind(self, policy: Policy, plan: LayerPlan, summary_shape: tuple[int, ...], meter: Meter | None) -> None:
         """Take the layer's plan; `meter` is the one to report a finished step to, for the last layer only."""

@@ -10,11 +10,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from sparseserve import artifacts, ops
+from sparseserve import artifacts
 from sparseserve.artifacts import Artifact, Kind
 from sparseserve.errors import ArtifactError, Problem
 from sparseserve.plan import ModelShape
-from sparseserve.types import HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step
+from sparseserve.types import HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step, Wanted
 
 Tokens = Annotated[int, Field(ge=0)]
 PositiveTokens = Annotated[int, Field(ge=1)]
@@ -29,7 +29,6 @@ class Policy(BaseModel, ABC):
     summary: ClassVar[str]
     paper: ClassVar[str | None] = None
     summary_dtype: ClassVar[torch.dtype | None] = None  # of the page summaries; the cache's without
-    scores_units: ClassVar[bool] = False  # whether a step needs room for the scores of all units
 
     min_tokens: Tokens = Field(1024, description="rows of at most this many tokens take vLLM's own attention")
     measure_recall: bool = Field(
@@ -48,6 +47,10 @@ class Policy(BaseModel, ABC):
 
     def selection_slots(self, max_len: int) -> int:
         """Most units that a selection can hold (S), in rows of up to `max_len` tokens."""
+        return 0
+
+    def scored_units(self, max_len: int) -> int:
+        """Most units that are scored at a time in rows of up to `max_len` tokens."""
         return 0
 
     @property
@@ -150,11 +153,17 @@ class BudgetPolicy(Policy):
             budget=full(self.budget_tokens),
         )
 
-    def take_best(self, plan: LayerPlan, step: Step, threshold: float | None = None) -> None:
-        """Fill `step.selection` by the scores of the step: within the plan's budget, or all above a threshold."""
+    def wanted(self, plan: LayerPlan, step: Step, threshold: float | None = None) -> Wanted:
+        """What `step.selection` is to hold: the best units within the plan's budget, or all above a threshold."""
         assert plan.sink is not None and plan.recent is not None and plan.budget is not None
-        kept = plan.sink, plan.recent, plan.budget
-        ops.select_units(step.scores, step.table.seq_lens, *kept, step.selection, threshold)
+        return Wanted(step.selection, plan.sink, plan.recent, plan.budget, threshold, step.whole)
+
+
+class ScorePolicy(BudgetPolicy):
+    """A budget policy that scores every unit of a row."""
+
+    def scored_units(self, max_len: int) -> int:
+        return -(-max_len // self.selection_unit)
 
 
 def load_artifact(source: str, kind: Kind) -> Artifact:

@@ -100,6 +100,9 @@ class Hip(BudgetPolicy):
     def selection_slots(self, max_len: int) -> int:
         return self._searched_tokens // self.selection_unit
 
+    def scored_units(self, max_len: int) -> int:
+        return ops.most_chunks(max_len, self.chunk_tokens, self.stage_tokens)
+
     def expected_tokens(self, plan: LayerPlan, length: int) -> float:
         assert plan.budget is not None
         return min(length, float(plan.budget.double().mean()))
@@ -141,7 +144,7 @@ class Hip(BudgetPolicy):
     def select(
         self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float
     ) -> None:
-        assert summary is not None and plan.sink is not None and plan.recent is not None and plan.budget is not None
+        assert summary is not None
         ops.search_blocks(
             query,
             kv.key,
@@ -151,8 +154,7 @@ class Hip(BudgetPolicy):
             chunk_tokens=self.chunk_tokens,
             stage_tokens=self.stage_tokens,
             refresh_steps=self.refresh_steps,
-            sink=plan.sink,
-            recent=plan.recent,
-            budget=plan.budget,
-            selection=step.selection,
+            wanted=self.wanted(plan, step),
+            scores=step.scores,
+            scratch=step.scratch,
         )

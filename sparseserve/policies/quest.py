@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparseserve import ops
 from sparseserve.plan import ModelShape
-from sparseserve.policies.base import BudgetPolicy, PositiveTokens, Tokens
+from sparseserve.policies.base import PositiveTokens, ScorePolicy, Tokens
 from sparseserve.types import Bound, HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step
 
 
@@ -18,7 +18,7 @@ def _bound(value: object) -> object:
     return Bound(value) if value in {bound.value for bound in Bound} else value
 
 
-class Quest(BudgetPolicy):
+class Quest(ScorePolicy):
     """Selects units of tokens by a bound on q.k from the unit's key summary, kept in the tail of its page.
 
     The score of a KV head is the largest over its query heads. `min_max` is the paper's bound; `mean_std`
@@ -28,7 +28,6 @@ class Quest(BudgetPolicy):
     name: ClassVar[str] = "quest"
     summary: ClassVar[str] = "The units whose key summaries promise the largest scores, chosen in every layer."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2406.10774"
-    scores_units: ClassVar[bool] = True
 
     sink_tokens: Tokens = Field(16, description="first tokens, always attended to")
     recent_tokens: PositiveTokens = Field(64, description="last tokens, always attended to, the current one included")
@@ -64,5 +63,14 @@ class Quest(BudgetPolicy):
     ) -> None:
         assert summary is not None
         table = step.table
-        ops.score_pages(query, summary, table.pages, table.seq_lens, self.unit_tokens, self.bound, scores=step.scores)
-        self.take_best(plan, step)
+        ops.score_pages(
+            query,
+            summary,
+            table.pages,
+            table.seq_lens,
+            self.unit_tokens,
+            self.bound,
+            scores=step.scores,
+            wanted=self.wanted(plan, step),
+            scratch=step.scratch,
+        )

@@ -15,14 +15,14 @@ from torch import Tensor
 from sparseserve import ops
 from sparseserve.errors import ArtifactError, ConfigError, Problem, UnsupportedError
 from sparseserve.plan import ModelShape
-from sparseserve.policies.base import BudgetPolicy, PositiveTokens, Tokens, load_artifact
+from sparseserve.policies.base import PositiveTokens, ScorePolicy, Tokens, load_artifact
 from sparseserve.types import Gate, HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step
 
 if TYPE_CHECKING:
     from sparseserve.artifacts import Artifact
 
 
-class Seer(BudgetPolicy):
+class Seer(ScorePolicy):
     """A KV head attends to the blocks that its gate expects the most attention in, and always to the last block.
 
     The gate sees queries and keys before their rotation, as it was trained: both are un-rotated at their positions. The
@@ -34,7 +34,6 @@ class Seer(BudgetPolicy):
     name: ClassVar[str] = "seer"
     summary: ClassVar[str] = "The blocks that a trained gate expects the most attention in, chosen in every layer."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.08889"
-    scores_units: ClassVar[bool] = True
     summary_dtype: ClassVar[torch.dtype | None] = torch.float32
 
     artifact: str = Field(description="the decode gates: a folder as published, or what `convert` wrote")
@@ -138,5 +137,5 @@ class Seer(BudgetPolicy):
     ) -> None:
         assert summary is not None and plan.gate is not None
         table, unit = step.table, self.selection_unit
-        ops.score_gates(query, summary, table.pages, table.seq_lens, unit, plan.gate, scores=step.scores)
-        self.take_best(plan, step, None if self.threshold is None else log(self.threshold))
+        wanted = self.wanted(plan, step, None if self.threshold is None else log(self.threshold))
+        ops.score_gates(query, summary, table.pages, table.seq_lens, unit, plan.gate, step.scores, wanted)

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparseserve import ops
 from sparseserve.errors import MISSING, ConfigError
 from sparseserve.plan import ModelShape
-from sparseserve.policies.base import BudgetPolicy
+from sparseserve.policies.base import ScorePolicy
 from sparseserve.types import LayerPlan, PagedKV, Role, Scope, Step
 
 
@@ -64,7 +64,7 @@ Layers = Annotated[
 ]
 
 
-class Tidal(BudgetPolicy):
+class Tidal(ScorePolicy):
     """Dense before `select_layer`; that layer and `reselect_layer` attend densely and choose for the layers after them.
 
     Tokens are ranked by post-softmax attention mass, summed over the heads that share a selection: the group of a
@@ -75,7 +75,6 @@ class Tidal(BudgetPolicy):
     name: ClassVar[str] = "tidal"
     summary: ClassVar[str] = "Two layers choose tokens by attention mass, the layers between and after reuse them."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.05076"
-    scores_units: ClassVar[bool] = True
 
     select_layer: Layer = Field(2, description="first selection layer, dense before it")
     reselect_layer: Layers | None = Field(
@@ -123,8 +122,9 @@ class Tidal(BudgetPolicy):
             scale,
             unit_tokens=self.unit_tokens,
             scores=step.scores,
+            wanted=self.wanted(plan, step),
+            scratch=step.scratch,
         )
-        self.take_best(plan, step)
 
 
 def published_reselection(model: ModelShape) -> int:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from sparseserve.reference.paging import row_units
-from sparseserve.types import Gate
+from sparseserve.reference.select import select_units
+from sparseserve.types import Gate, Wanted
 
 EPSILON = 1e-6  # of the gate's RMS norms
 
@@ -59,6 +60,7 @@ def score_gates(
     unit_tokens: int,
     gate: Gate,
     scores: Tensor | None = None,
+    wanted: Wanted | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See `sparseserve.ops.score_gates`; `dtype` is that of the arithmetic."""
@@ -77,6 +79,8 @@ def score_gates(
         incomplete = logits.new_zeros(len(logits), last + 1 - units)
         scores[row, :, : last + 1] = torch.cat([logits, incomplete], 1).log_softmax(1)
         scores[row, :, last] = torch.inf
+    if wanted is not None:
+        select_units(scores, seq_lens, wanted)
     return scores
 
 

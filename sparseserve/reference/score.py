@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparseserve.reference.paging import logits, row_tokens, row_units
-from sparseserve.types import Bound
+from sparseserve.reference.select import select_units
+from sparseserve.types import Bound, Wanted
 
 
 def score_pages(
@@ -18,6 +19,7 @@ def score_pages(
     unit_tokens: int,
     bound: Bound,
     scores: Tensor | None = None,
+    wanted: Wanted | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See `sparseserve.ops.score_pages`; `dtype` is that of the arithmetic."""
@@ -35,6 +37,8 @@ def score_pages(
         bounds = queries @ center.transpose(1, 2) + queries.abs() @ half.transpose(1, 2)
         scores[row, :, :last] = bounds.amax(1)
         scores[row, :, last] = torch.inf
+    if wanted is not None:
+        select_units(scores, seq_lens, wanted)
     return scores
 
 
@@ -47,6 +51,7 @@ def score_tokens(
     scale: float,
     scores: Tensor,
     unit_tokens: int,
+    wanted: Wanted | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See `sparseserve.ops.score_tokens`; `dtype` is that of the arithmetic."""
@@ -57,4 +62,6 @@ def score_tokens(
         mass = pad(mass, (0, units * unit_tokens - length))
         heads = scores.shape[1]
         scores[row, :, :units] = mass.view(heads, len(mass) // heads, units, unit_tokens).sum((1, 3))
+    if wanted is not None:
+        select_units(scores, seq_lens, wanted)
     return scores

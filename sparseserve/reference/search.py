@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.reference.paging import logits, row_tokens
-from sparseserve.types import Selection
+from sparseserve.types import Wanted
 
 
 def search_blocks(
@@ -21,18 +21,17 @@ def search_blocks(
     chunk_tokens: Sequence[int],
     stage_tokens: Sequence[int],
     refresh_steps: Sequence[int],
-    sink: Tensor,
-    recent: Tensor,
-    budget: Tensor,
-    selection: Selection,
+    wanted: Wanted,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """See `sparseserve.ops.search_blocks`; `dtype` is that of the arithmetic."""
+    selection = wanted.selection
+    limits = torch.stack([wanted.sink, wanted.recent, wanted.budget], 1).tolist()
     page_size, heads, slots = key.shape[2], selection.units.shape[1], selection.units.shape[2]
     for row, length in enumerate(seq_lens.tolist()):
         dots = logits(query[row], row_tokens(key, pages[row], length), 1.0, dtype)  # [Hq, T]
-        for head, (first, last, most) in enumerate(zip(sink.tolist(), recent.tolist(), budget.tolist(), strict=True)):
-            if length <= most:
+        for head, (first, last, most) in enumerate(limits):
+            if wanted.takes_all(row, length, most):
                 selection.spans[row, head] = length
                 selection.count[row, head] = 0
                 continue

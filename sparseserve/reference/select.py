@@ -5,23 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparseserve.types import Selection
+from sparseserve.types import Wanted
 
 
-def select_units(
-    scores: Tensor,
-    seq_lens: Tensor,
-    sink: Tensor,
-    recent: Tensor,
-    budget: Tensor,
-    selection: Selection,
-    threshold: float | None = None,
-) -> None:
+def select_units(scores: Tensor, seq_lens: Tensor, wanted: Wanted) -> None:
     """See `sparseserve.ops.select_units`."""
+    selection, threshold = wanted.selection, wanted.threshold
     unit_tokens, slots = selection.unit_tokens, selection.units.shape[2]
+    limits = torch.stack([wanted.sink, wanted.recent, wanted.budget], 1).tolist()
     for row, length in enumerate(seq_lens.tolist()):
-        for head, (first, last, most) in enumerate(zip(sink.tolist(), recent.tolist(), budget.tolist(), strict=True)):
-            if threshold is None and length <= most:
+        for head, (first, last, most) in enumerate(limits):
+            if wanted.takes_all(row, length, most):
                 selection.spans[row, head] = length
                 selection.count[row, head] = 0
                 continue

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.cache import cpu_views, cuda_views
-from sparseserve.ops import attend_scratch
+from sparseserve.ops import step_scratch
 from sparseserve.ops.library import SCHEMAS, kernels
 from sparseserve.types import HeadShape, PagedKV
 
@@ -32,6 +32,7 @@ class Layout(Enum):
 
 _LAYOUT = ContextVar("layout", default=Layout.CPU)
 _LARGER = {32: 64, 80: 96}
+CHUNKS = 1 << 14  # that a test may search at a time
 NO_SIMULATOR = "the simulator of the CUDA kernels was not built; `make test` builds it"
 
 
@@ -89,6 +90,12 @@ def use_order(name: str) -> None:
         raise ValueError(f"order must be forward, backward or random, not {name}")
 
 
+def launches() -> int:
+    """How many kernels the simulator was given so far."""
+    number: int = _simulator().sparseserve_sim_launches()
+    return number
+
+
 def _library() -> str | None:
     """The simulator, or the build of it, with sanitizers perhaps, that SPARSESERVE_SIMULATOR names."""
     spec = importlib.util.find_spec("sparseserve._C_simulator")
@@ -101,6 +108,7 @@ def _simulator() -> ctypes.CDLL:
         torch.library.define(f"sparseserve_simulator::{name}", schema)
     library = ctypes.CDLL(_library())
     library.sparseserve_sim_use_order.restype = ctypes.c_bool
+    library.sparseserve_sim_launches.restype = ctypes.c_uint64
     return library
 
 
@@ -110,8 +118,9 @@ def _routed(pages: Layout, op: Callable[[str], Callable[..., None]]) -> Iterator
     library: Any = torch.library.Library("sparseserve", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
+        scratch = functools.cache(step_scratch)  # from call to call, as a step has it
         for name in SCHEMAS:
-            library.impl(name, _with_scratch(op(name)) if name == "attend" else op(name), "CPU", allow_override=True)
+            library.impl(name, _with_room(name, op(name), scratch), "CPU", allow_override=True)
     token = _LAYOUT.set(pages)
     try:
         yield
@@ -120,10 +129,20 @@ def _routed(pages: Layout, op: Callable[[str], Callable[..., None]]) -> Iterator
         library._destroy()
 
 
-def _with_scratch(attend: Callable[..., None]) -> Callable[..., None]:
-    def call(query: Tensor, *arguments: Any) -> None:
-        rows, heads, dim = query.shape
-        attend(query, *arguments[:12], attend_scratch(rows, heads, dim, query.device))
+def _with_room(name: str, op: Callable[..., None], scratch: Callable[..., Tensor]) -> Callable[..., None]:
+    """The op with the memory that CUDA needs and the CPU does not: scratch, and scores of `search_blocks`."""
+    schema = getattr(torch.ops.sparseserve, name).default._schema
+    at = {argument.name: index for index, argument in enumerate(schema.arguments)}
+    if "scratch" not in at:
+        return op
+
+    def call(*arguments: Any) -> None:
+        values = [*arguments, *[None] * (len(at) - len(arguments))]
+        query = values[at["query"]]
+        values[at["scratch"]] = scratch(*query.shape, query.device)
+        if name == "search_blocks":
+            values[at["scores"]] = query.new_empty((*values[at["count"]].shape, CHUNKS), dtype=torch.float32)
+        op(*values)
 
     return call
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from sparseserve.calibration.attention import Attention
 from sparseserve.calibration.selection import Curves, Watch, best_layers, choose
 from sparseserve.reference import select_units
-from sparseserve.types import Selection
+from sparseserve.types import Selection, Wanted
 
 
 def test_tokens_are_those_that_the_policy_chooses() -> None:
     mass = torch.rand(3, 100)
     selection = Selection.empty(1, 3, 9, unit_tokens=1)
     full = torch.full((3,), 10, dtype=torch.int32)
-    select_units(mass[None], torch.tensor([100]), full * 0, full // 10, full, selection)
+    select_units(mass[None], torch.tensor([100]), Wanted(selection, full * 0, full // 10, full))
     own = [
         sorted([*units[:count].tolist(), 99])
         for units, count in zip(selection.units[0], selection.count[0], strict=True)

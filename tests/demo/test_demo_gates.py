@@ -18,7 +18,7 @@ from sparseserve.demo.questions import Question, ask
 from sparseserve.plan import ModelShape
 from sparseserve.policies import Seer
 from sparseserve.testing.gates import plain_rope
-from sparseserve.types import HeadShape, Selection
+from sparseserve.types import HeadShape, Selection, Wanted
 
 LENGTH, BLOCK = 8192, 64
 MODEL = ModelShape(
@@ -46,7 +46,7 @@ def seer(path: Path, budget: int) -> Policy:
         pages, seq_lens = torch.arange(len(paged))[None].int(), torch.tensor([length], dtype=torch.int32)
         scores = reference.score_gates(query.flatten(0, 1)[None], summary, pages, seq_lens, BLOCK, plan.gate)
         selection = Selection.empty(1, KV_HEADS, seer.selection_slots(MODEL.max_len), BLOCK)
-        reference.select_units(scores, seq_lens, plan.sink, plan.recent, plan.budget, selection)
+        reference.select_units(scores, seq_lens, Wanted(selection, plan.sink, plan.recent, plan.budget))
         return reference.attended_tokens(selection, 0, length)
 
     return policy

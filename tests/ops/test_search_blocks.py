@@ -13,7 +13,7 @@ from sparseserve.reference.attend import attended_tokens
 from sparseserve.reference.paging import logits, row_tokens
 from sparseserve.reference.search import chunk_scores
 from sparseserve.testing.cases import DTYPES, GROUPS, HEAD_DIMS, OPCHECKS, Case, paged_kv, sample_grid
-from sparseserve.types import HeadShape, Scope, Selection
+from sparseserve.types import HeadShape, Scope, Selection, Wanted
 
 GRID = sample_grid(12, dtype=DTYPES, head_dim=HEAD_DIMS, group=GROUPS, page_size=[32, 96, 128],
                    scope=list(Scope))  # fmt: skip
@@ -63,7 +63,7 @@ class Searcher:
         self.function(
             case.query[rows], case.kv.key, case.pages[rows], torch.tensor(lengths, dtype=torch.int32), self.state,
             chunk_tokens=rules.chunk_tokens, stage_tokens=rules.stage_tokens, refresh_steps=rules.refresh_steps,
-            sink=sink, recent=recent, budget=budget, selection=selection,
+            wanted=Wanted(selection, sink, recent, budget),
         )  # fmt: skip
         return selection
 
@@ -237,6 +237,17 @@ def test_a_row_does_not_depend_on_the_batch() -> None:
             assert torch.equal(selection.units[at], expected.units[0])
 
 
+def test_how_many_blocks_share_a_row_changes_nothing(isa: str) -> None:
+    """On CUDA a row alone is searched by more blocks than one of many."""
+    rows, row = 40, 7
+    case = whole_numbers([600] * rows, HeadShape(2, 8, 64))
+    together, alone = Searcher(ops.search_blocks, case), Searcher(ops.search_blocks, case)
+    for length in (560, 564):
+        selection, expected = together([length] * rows), alone([length], [row])
+        assert torch.equal(selection.units[row], expected.units[0])
+        assert torch.equal(together.memory(row, length), alone.memory(row, length))
+
+
 def test_threads_change_nothing() -> None:
     case = whole_numbers([6000, 5000], page_size=128)
     rules = Rules(stage_tokens=(4096, 1024), budget=600)
@@ -312,6 +323,6 @@ def test_opcheck() -> None:
     bounds = (torch.full((1,), tokens, dtype=torch.int32) for tokens in (rules.sink, rules.recent, rules.budget))
     inputs = (
         case.query, case.kv.key, case.pages, case.seq_lens, search.state, rules.chunk_tokens, rules.stage_tokens,
-        rules.refresh_steps, *bounds, selection.spans, selection.units, selection.count,
+        rules.refresh_steps, *bounds, None, selection.spans, selection.units, selection.count,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.sparseserve.search_blocks.default, inputs, test_utils=OPCHECKS)

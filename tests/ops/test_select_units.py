@@ -6,14 +6,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparseserve import ops, reference
-from sparseserve.types import Selection
+from sparseserve.types import Selection, Wanted
 
 
 def select(function: object, scores: torch.Tensor, lengths: list[int], bounds: torch.Tensor, slots: int,
-           unit: int, threshold: float | None = None) -> Selection:  # fmt: skip
+           unit: int, threshold: float | None = None, whole: torch.Tensor | None = None) -> Selection:  # fmt: skip
     selection = Selection.empty(len(lengths), scores.shape[1], slots, unit)
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    function(scores, seq_lens, *bounds.int(), selection, threshold=threshold)  # type: ignore[operator]
+    function(scores, seq_lens, Wanted(selection, *bounds.int(), threshold, whole))  # type: ignore[operator]
     return selection
 
 
@@ -40,7 +40,8 @@ def test_equals_reference(device: str, data: st.DataObject) -> None:
     threshold = draw(st.sampled_from([None, -torch.inf, -1.0, 0.0, 0.5]))
     slots = 40 if threshold is not None else draw(st.integers(1, 25))
     both = ops.select_units, reference.select_units
-    assert_same(*(select(function, scores, lengths, bounds, slots, unit, threshold) for function in both))
+    whole = torch.tensor(draw(st.lists(st.integers(0, 1), min_size=rows, max_size=rows)), dtype=torch.int32)
+    assert_same(*(select(function, scores, lengths, bounds, slots, unit, threshold, whole) for function in both))
 
 
 def test_ties_go_to_the_lower_unit(device: str) -> None:
@@ -81,6 +82,13 @@ def test_short_rows_are_selected_whole(device: str) -> None:
     scores = torch.full((2, 1, 10), torch.nan)
     selection = select(ops.select_units, scores, [0, 100], torch.tensor([[4], [8], [100]]), 4, 32)
     assert selection.spans.tolist() == [[[0, 0]], [[100, 100]]] and selection.count.tolist() == [[0], [0]]
+
+
+def test_whole_rows_are_selected_whole_at_any_length(device: str) -> None:
+    scores, whole = torch.zeros(2, 1, 10), torch.tensor([0, 7], dtype=torch.int32)
+    for threshold in (None, -1.0):
+        selection = select(ops.select_units, scores, [10, 10], torch.tensor([[1], [2], [4]]), 10, 1, threshold, whole)
+        assert selection.spans[:, 0].tolist() == [[1, 8], [10, 10]] and bool(selection.count[0]) > selection.count[1]
 
 
 def test_scores_must_hold_the_longest_row() -> None:

@@ -93,6 +93,7 @@ class Worker:
     def __init__(
         self, config: VllmConfig, policy: Policy, layout: str = "LBHNC", device: str = "cpu", patch: Any = None
     ) -> None:
+        self.config = config
         config.additional_config = {"sparseserve": to_dict(policy)}
         config.compilation_config.static_forward_context.clear()
         names = [f"model.layers.{layer}.self_attn.attn" for layer in range(LAYERS)]

@@ -28,16 +28,16 @@ from vllm.config import VllmConfig
 from sparseserve import ops
 from sparseserve.config import find_policy
 from sparseserve.errors import UnsupportedError
-from sparseserve.ops import attend_scratch
+from sparseserve.ops import step_scratch
 from sparseserve.plugin import settings, stats
 from sparseserve.plugin.backend_cuda import SparseCUDABackend
 from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.server.launch import cuda_flags, parse
-from sparseserve.step import StepBuffers
+from sparseserve.step import StepBuffers, StepMemory
 from sparseserve.testing import target
 from sparseserve.testing.bed import Bed
 from sparseserve.testing.target import Layout
-from sparseserve.types import HeadShape, PageTable
+from sparseserve.types import CPU, HeadShape, PageTable
 
 pytestmark = pytest.mark.vllm
 
@@ -219,8 +219,9 @@ def test_scratch_serves_steps_of_any_number_of_rows(layout: str) -> None:
     shape = model_shape()
     bed = Bed(Dense(), shape, LENGTHS).fill(key, value)
     heads, kv = shape.heads, bed.layers[0].kv
-    buffers = StepBuffers(Dense(), Dense().plans(shape), heads, len(LENGTHS), MAX_LEN)
-    buffers._scratch = attend_scratch(len(LENGTHS), heads.query_heads, heads.head_dim, torch.device("cpu"))
+    scratch = step_scratch(len(LENGTHS), heads.query_heads, heads.head_dim, CPU)
+    memory = StepMemory(torch.empty(len(LENGTHS), 1, 0), scratch)
+    buffers = StepBuffers(Dense(), Dense().plans(shape), heads, len(LENGTHS), MAX_LEN, CPU, memory)
     for rows in (1, 6, 2, 6):
         lengths = torch.tensor(LENGTHS[:rows], dtype=torch.int32)
         step = buffers.step(PageTable(bed.pages[:rows], lengths))

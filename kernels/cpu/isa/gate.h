@@ -163,7 +163,7 @@ inline void score_gates(const ScoreGatesParams& params, int64_t row, int64_t hea
   gate_query(params, row, head, query);
   const SummaryPool& pool = params.summary;
   const int32_t* pages = params.table.pages + row * params.table.stride;
-  float* scores = params.scores + row * params.scores_row_stride + head * params.scores_head_stride;
+  float* scores = params.scores.of(row, head);
   for (int64_t u = 0; u < units; ++u) {
     const float* key = static_cast<const float*>(pool.data) + pages[u / pool.units] * pool.page_stride +
                        head * pool.head_stride + u % pool.units * dims;

@@ -76,10 +76,43 @@ struct AttendParams {
 // CUDA cuts a row into at most this many pieces, by its own length alone.
 constexpr int64_t kMaxSplits = 32;
 
-// 32-bit words: for each row and query head a counter, then of each piece the output, maximum and sum.
+// Counters of the blocks that work on one row and head; zero between launches.
+struct Counters {
+  int32_t done, drawn, stage;
+};
+constexpr int64_t kCounterWords = sizeof(Counters) / 4;
+
+// 32-bit words: for each row and query head its counters, then of each piece the output, maximum and sum.
 constexpr int64_t scratch_words(int64_t rows, int64_t heads, int64_t head_dim) {
-  return rows * heads * (1 + kMaxSplits * (head_dim + 2));
+  return rows * heads * (kCounterWords + kMaxSplits * (head_dim + 2));
 }
+
+// [B, Hs, units of the longest row]
+struct Scores {
+  float* data;
+  int64_t row_stride;
+  int64_t head_stride;
+
+  constexpr float* of(int64_t row, int64_t head) const { return data + row * row_stride + head * head_stride; }
+};
+
+// A selection to be filled: sink, recent tokens, and the best units that the budget still allows, or all above
+// a threshold.
+struct Wanted {
+  Selection selection;      // its `count` is null when none is wanted
+  const int32_t* seq_lens;  // [B]
+  const int32_t* sink;      // [Hs] tokens
+  const int32_t* recent;    // [Hs] tokens
+  const int32_t* budget;    // [Hs] tokens
+  const int32_t* whole;     // [B], not 0 for rows that are selected whole; or null
+  bool by_threshold;
+  float threshold;
+
+  constexpr bool any() const { return selection.count != nullptr; }
+  constexpr bool takes_all(int64_t row, int64_t head) const {
+    return (whole && whole[row] != 0) || (!by_threshold && seq_lens[row] <= budget[head]);
+  }
+};
 
 struct ScoreTokensParams {
   Query query;
@@ -88,9 +121,9 @@ struct ScoreTokensParams {
   float scale;
   int64_t unit_tokens;   // 1, 16, 32 or 64
   int64_t heads;         // Hs
-  float* scores;         // [B, Hs, >= units]
-  int64_t scores_row_stride;
-  int64_t scores_head_stride;
+  Scores scores;
+  Wanted wanted;
+  void* scratch;         // CUDA only, as of AttendParams
 };
 
 // Summaries of a page pool, [M, H, U, 2, D] of the cache's dtype or gate keys [M, H, U, E] fp32, dense from U on.
@@ -108,9 +141,9 @@ struct ScorePagesParams {
   PageTable table;
   int64_t unit_tokens;
   Bound bound;
-  float* scores;         // [B, H, >= units]
-  int64_t scores_row_stride;
-  int64_t scores_head_stride;
+  Scores scores;         // Hs = H
+  Wanted wanted;
+  void* scratch;         // CUDA only, as of AttendParams
 };
 
 // Tokens just written to the keys of a pool.
@@ -134,17 +167,9 @@ struct SummarizeParams {
 };
 
 struct SelectParams {
-  const float* scores;   // [B, Hs, >= units]
-  int64_t scores_row_stride;
-  int64_t scores_head_stride;
+  Scores scores;
   int64_t rows;          // B
-  const int32_t* seq_lens;  // [B]
-  const int32_t* sink;   // [Hs] tokens
-  const int32_t* recent; // [Hs] tokens
-  const int32_t* budget; // [Hs] tokens
-  bool by_threshold;     // every unit above `threshold`, whatever the budget
-  float threshold;
-  Selection selection;
+  Wanted wanted;
 };
 
 // One branch of a learned gate (SeerAttention-R): a projection, its norm and its rotation.
@@ -170,9 +195,8 @@ struct ScoreGatesParams {
   PageTable table;
   int64_t unit_tokens;
   GateBranch gate;
-  float* scores;         // [B, H, >= units]
-  int64_t scores_row_stride;
-  int64_t scores_head_stride;
+  Scores scores;         // Hs = H
+  Wanted wanted;
 };
 
 constexpr int kSearchStages = 3;
@@ -183,13 +207,22 @@ struct SearchBlocksParams {
   int64_t chunk_tokens[kSearchStages];
   int64_t stage_tokens[kSearchStages - 1];
   int64_t refresh_steps[kSearchStages];
-  const int32_t* sink;   // [Hs] tokens
-  const int32_t* recent; // [Hs] tokens
-  const int32_t* budget; // [Hs] tokens
   int32_t* state;        // [M, Hs, 4 + chunks that the stages keep]
   int64_t state_page_stride;
   int64_t state_head_stride;
-  Selection selection;   // in units of the last chunk_tokens
+  Wanted wanted;         // in units of the last chunk_tokens, within the budget
+  Scores scores;         // CUDA only, of chunks: [B, Hs, >= most_chunks()]
+  void* scratch;         // CUDA only, as of AttendParams
+
+  // Of a stage, in a row that fills its pages.
+  constexpr int64_t most_chunks() const {
+    int64_t most = (cache.table.width * cache.page_size + chunk_tokens[0] - 1) / chunk_tokens[0];
+    for (int i = 0; i + 1 < kSearchStages; ++i) {
+      const int64_t chunks = stage_tokens[i] / chunk_tokens[i] * (chunk_tokens[i] / chunk_tokens[i + 1]);
+      most = chunks > most ? chunks : most;
+    }
+    return most;
+  }
 };
 
 }  // namespace sparseserve

@@ -1,5 +1,7 @@
-// Barriers of a block.
+// Barriers of a block, and waiting for other blocks.
 #pragma once
+
+#include <thread>
 
 #include "../engine/engine.h"
 
@@ -21,6 +23,8 @@ inline int __syncthreads_count(int vote, Location where = Location::current()) {
 }
 
 }  // namespace sparseserve::sim
+
+inline void __nanosleep(unsigned) { std::this_thread::yield(); }
 
 using sparseserve::sim::__syncthreads, sparseserve::sim::__syncthreads_and, sparseserve::sim::__syncthreads_count,
     sparseserve::sim::__syncthreads_or;

@@ -122,6 +122,8 @@ size_t limit_of(const void* kernel) {
   return static_cast<size_t>(found == limits.end() ? kDefaultShared : found->second);
 }
 
+std::atomic<uint64_t> launches{0};
+
 thread_local cudaError_t last_error = cudaSuccess;
 
 cudaError_t returned(cudaError_t error) {
@@ -145,7 +147,6 @@ namespace sparseserve::sim {
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*run)(const void*), const void* call) {
   if (const cudaError_t error = check(config, kernel); error != cudaSuccess) return returned(error);
-  static std::atomic<uint64_t> launches{0};
   Launch({config.gridDim, config.blockDim, config.dynamicSmemBytes, run, call, order(), launches++}).run();
   return cudaSuccess;
 }
@@ -172,6 +173,9 @@ const char* cudaGetErrorString(cudaError_t error) {
   }
   return "unrecognized error code";
 }
+
+// How many kernels were launched so far.
+extern "C" [[gnu::visibility("default")]] uint64_t sparseserve_sim_launches() { return launches; }
 
 // Chooses forward, backward or random for the launches that follow; false when the name is none of them.
 extern "C" [[gnu::visibility("default")]] bool sparseserve_sim_use_order(const char* name) {
