@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -79,7 +80,8 @@ def tune(
     write_report(tuning, report)
     _show(tuning, Console())
     print(f"wrote {report}")
-    write_policy(tuning, output)
+    write_policy(tuning, output)  # without one to recommend, what was measured stays for another --max-loss
+    shutil.rmtree(folder)
     print(f"wrote {output}: serve it with `sparseserve serve {shlex.quote(model)} --policy {output}`")
 
 
@@ -96,12 +98,15 @@ def _share(text: str) -> float:
 
 def _show(tuning: Tuning, console: Console) -> None:
     """Print a row for every setting and what is recommended."""
-    numeric = ("loss", "worse", "bits/byte", "ms/token", "faster", "KV read", "recall")
-    table = Table("setting", *(Column(name, justify="right") for name in numeric), title=tuning.model)
-    table.add_row("vLLM's own attention", *_numbers(tuning.baseline))
+    from sparseserve.tuning.report import OWN
+
+    columns = ["loss", "worse", "ms/token", "faster", "KV read", "recall"]
+    table = Table(Column("setting", overflow="fold"), *(Column(name, justify="right") for name in columns))
+    table.title = f"{tuning.model}: loss against dense attention, speed against vLLM's own"
+    table.add_row(OWN, *_numbers(tuning.baseline))
     for one in tuning.judged:
         table.add_row(one.name, *_numbers(one), style="bold" if one is tuning.verdict.chosen else None)
-    table.add_row("vLLM's own attention, again", *_numbers(tuning.again))
+    table.add_row(f"{OWN}, again", *_numbers(tuning.again))
     console.print(table)
     for name, why in tuning.untried.items():
         console.print(f"not measured: {name}: {why}", highlight=False, markup=False)
@@ -111,9 +116,8 @@ def _show(tuning: Tuning, console: Console) -> None:
 
 def _numbers(one: Judged) -> list[str]:
     return [
-        f"{one.loss.score:.1%}",
+        f"{one.loss.value:.1%}",
         f"{one.loss.worse} of {one.loss.questions}",
-        "" if one.loss.bits is None else f"{one.loss.bits:+.1%}",
         "" if one.ms_per_token is None else f"{one.ms_per_token:.1f}",
         "" if one.speedup is None else f"{one.speedup:.2f}x",
         f"{one.density:.1%}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from sparseserve.evaluation.results import Results
 from sparseserve.files import write_atomically
 from sparseserve.tuning import pictures
 from sparseserve.tuning.judge import INFORMATIVE, Judged, Objective, Verdict, longest
+
+OWN = "vLLM's own attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,9 @@ def render(tuning: Tuning) -> str:
         informative=INFORMATIVE,
         settings=[tuning.baseline, *tuning.judged, tuning.again],
         fronts=_fronts(tuning, length),
-        grids=_grids([tuning.baseline, *tuning.judged]),
+        grids=_grids({OWN: tuning.baseline, **{one.name: one for one in tuning.judged}}),
+        own=OWN,
+        texts=tuning.baseline.loss.bits is not None,
         maps=_maps(tuning.judged, length),
         recall=pictures.recall_by_layer(tuning.judged),
     )
@@ -71,11 +75,12 @@ def _fronts(tuning: Tuning, length: int) -> dict[str, str]:
     return fronts
 
 
-def _grids(judged: Sequence[Judged]) -> dict[str, dict[str, str]]:
+def _grids(judged: Mapping[str, Judged]) -> dict[str, dict[str, str]]:
     """Needle grids by task, then by setting."""
-    tasks = dict.fromkeys(cell.task for one in judged for cell in one.result.cells)
+    tasks = dict.fromkeys(cell.task for one in judged.values() for cell in one.result.cells)
     grids = {
-        task: {one.name: grid for one in judged if (grid := pictures.needle_grid(one.result, task))} for task in tasks
+        task: {name: grid for name, one in judged.items() if (grid := pictures.needle_grid(one.result, task))}
+        for task in tasks
     }
     return {task: found for task, found in grids.items() if found}
 
