@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.txt')
 
-.PHONY: demo test lint bench sanitize wheel gpu-build gpu-test gpu-bench gpu-bench-vllm clean
+.PHONY: demo test tune-demo lint bench sanitize wheel gpu-build gpu-test gpu-bench gpu-bench-vllm clean
 
 demo: $(VENV)/.built
 	$(BIN)/sparseserve demo
@@ -16,6 +16,20 @@ test: lint
 	OMP_WAIT_POLICY=passive nice -n 19 $(BIN)/python -m pytest $(addprefix --ignore ,$(SERVING)) >build/tests.txt 2>&1 & \
 	others=$$!; $(BIN)/python -m pytest $(SERVING); served=$$?; \
 	wait $$others; rest=$$?; cat build/tests.txt; exit $$((served + rest))
+
+# From a model to its policy, under ten minutes: every calibration of the built demo model, then the best of what they wrote.
+TUNE := build/tune
+COMMAND := cd $(TUNE) && $(abspath $(BIN))/sparseserve
+tune-demo: $(VENV)/.built
+	rm -rf $(TUNE) && mkdir -p $(TUNE)
+	$(BIN)/python -c "from pathlib import Path; from sparseserve.demo.build import build; build(Path('$(TUNE)/demo'))"
+	$(COMMAND) calibrate retrieval-heads demo -o heads.safetensors --lengths 2048 --depths 0.2,0.5,0.8
+	$(COMMAND) calibrate tidal demo -o tidal.yaml --lengths 2048 --samples 2
+	$(COMMAND) calibrate moa demo -o plan.safetensors --lengths 768,1024 --validate-length 2048 --density 0.4 --samples 2
+	$(COMMAND) calibrate seer demo -o gates.safetensors --lengths 2048 --samples 6 --steps 100
+	$(COMMAND) tune demo -o policy.yaml --max-loss 5% --policies "quest,tidal:$$(grep -o 'reselect_layer: [0-9]*' \
+	    $(TUNE)/tidal.yaml | tr -d ' ' | tr : =),retrieval:artifact=heads.safetensors,seer:artifact=gates.safetensors" \
+	    --budgets 1024 --lengths 4096 --tasks needle --samples 2 --max-model-len 8192 --max-num-seqs 4 --enforce-eager
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
