@@ -1,5 +1,6 @@
 # Everything from a fresh clone: `make demo`, `make test`. Needs Python 3.11 and a C++ compiler.
 PYTHON ?= python3
+unexport PYTHONDONTWRITEBYTECODE # vLLM is imported by three processes of every server: 9 s each with bytecode, 20 s without
 VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.txt')
@@ -26,10 +27,11 @@ tune-demo: $(VENV)/.built
 	$(COMMAND) calibrate retrieval-heads demo -o heads.safetensors --lengths 2048 --depths 0.2,0.5,0.8
 	$(COMMAND) calibrate tidal demo -o tidal.yaml --lengths 2048 --samples 2
 	$(COMMAND) calibrate moa demo -o plan.safetensors --lengths 768,1024 --validate-length 2048 --density 0.4 --samples 2
-	$(COMMAND) calibrate seer demo -o gates.safetensors --lengths 2048 --samples 6 --steps 100
-	$(COMMAND) tune demo -o policy.yaml --max-loss 5% --policies "quest,tidal:$$(grep -o 'reselect_layer: [0-9]*' \
-	    $(TUNE)/tidal.yaml | tr -d ' ' | tr : =),retrieval:artifact=heads.safetensors,seer:artifact=gates.safetensors" \
-	    --budgets 1024 --lengths 4096 --tasks needle --samples 2 --max-model-len 8192 --max-num-seqs 4 --enforce-eager
+	$(COMMAND) calibrate seer demo -o gates.safetensors --lengths 2048 --samples 12 --steps 200
+	$(COMMAND) tune demo -o policy.yaml --max-loss 5% --policies "quest,streaming,tidal:$$(grep -o 'reselect_layer: [0-9]*' \
+	    tidal.yaml | tr -d ' ' | tr : =),retrieval:artifact=heads.safetensors,moa:artifact=plan.safetensors,$(\
+	    )seer:artifact=gates.safetensors" --budgets 1024 --lengths 4096 --tasks needle --samples 2 \
+	    --max-model-len 8192 --max-num-seqs 4 --enforce-eager
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
