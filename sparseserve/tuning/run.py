@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -54,7 +55,8 @@ def tune(asked: Asked, folder: Path, progress: Progress, evaluate: Evaluate = ev
         untried |= {str(one): "a larger budget already loses too much" for one in family[len(tried) :]}
     again = judge(OWN_ATTENTION, lab.time_again(own), own, baseline.stored, baseline.loss)
     noise = abs((again.speedup or 1.0) - 1)
-    judged = lab.with_recall(judged, asked.max_loss)
+    pick = partial(choose, baseline=baseline, objective=asked.objective, max_loss=asked.max_loss, noise=noise)
+    judged = lab.with_recall(judged, asked.max_loss, pick(judged).chosen)
     return Tuning(
         model=request.model,
         objective=asked.objective,
@@ -65,7 +67,7 @@ def tune(asked: Asked, folder: Path, progress: Progress, evaluate: Evaluate = ev
         noise=noise,
         judged=judged,
         untried=untried,
-        verdict=choose(judged, baseline, asked.objective, asked.max_loss, noise),
+        verdict=pick(judged),
         measured=lab.last,
     )
 
@@ -103,10 +105,11 @@ class _Lab:
         task = next(cell.task for cell in own.cells if cell.length == length)
         return self._ask("again", settings=(OWN_ATTENTION,), tasks=(task,), lengths=(length,), recall=False)
 
-    def with_recall(self, judged: Sequence[Judged], max_loss: float) -> list[Judged]:
-        """Measures the attention mass that the best settings keep: those within the loss that no other one beats."""
+    def with_recall(self, judged: Sequence[Judged], max_loss: float, chosen: Judged | None) -> list[Judged]:
+        """Measures the attention mass that the best settings keep: the chosen one, and those within the loss that no
+        other one beats."""
         front = pareto(judged, [one.density for one in judged])
-        best = [on and one.loss.value <= max_loss for one, on in zip(judged, front, strict=True)]
+        best = [one is chosen or (on and one.loss.value <= max_loss) for one, on in zip(judged, front, strict=True)]
         return [self._recall(one) if good else one for one, good in zip(judged, best, strict=True)]
 
     def _recall(self, one: Judged) -> Judged:
