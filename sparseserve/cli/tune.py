@@ -57,12 +57,13 @@ def tune(
     from sparseserve.evaluation.tasks import TASKS
     from sparseserve.tuning.report import write_report
     from sparseserve.tuning.run import Asked, tune, write_policy
-    from sparseserve.tuning.search import budgets as usual_budgets
+    from sparseserve.tuning.search import with_budgets
 
     tokens = numbers("--lengths", lengths, int)
+    candidates = settings(policies, numbers("--budgets", budgets, int))
     request = Request(
         model=model,
-        settings=settings(policies, numbers("--budgets", budgets, int) or usual_budgets(tokens)),
+        settings=candidates if budgets else with_budgets(candidates, tokens),
         lengths=tokens,
         tasks=tuple(tasks.split(",")) if tasks else tuple(TASKS),
         depths=numbers("--depths", depths, float),

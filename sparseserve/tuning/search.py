@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 
 from sparseserve.config import find_policy
-from sparseserve.errors import SparseServeError
+from sparseserve.errors import ConfigError, SparseServeError
 from sparseserve.evaluation.request import Setting
 from sparseserve.evaluation.results import SettingResult
 from sparseserve.server.explain import explain
@@ -20,6 +20,21 @@ def budgets(lengths: Iterable[int]) -> list[int]:
     """Powers of two up to half of the longest length, in tokens."""
     most = max(lengths) // 2
     return [budget for power in range(31) if LEAST_BUDGET <= (budget := 1 << power) <= most] or [LEAST_BUDGET]
+
+
+def with_budgets(settings: Sequence[Setting], lengths: Sequence[int]) -> tuple[Setting, ...]:
+    """Each setting with every usual budget that it can have, or as it is where it can have none of them."""
+    usual = budgets(lengths)
+    each = ([one for budget in usual if _exists(one := setting.at(budget))] or [setting] for setting in settings)
+    return tuple(dict.fromkeys(chain.from_iterable(each)))
+
+
+def _exists(setting: Setting) -> bool:
+    try:
+        setting.load()
+    except ConfigError:
+        return False
+    return True
 
 
 def families(settings: Sequence[Setting]) -> list[list[Setting]]:

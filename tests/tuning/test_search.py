@@ -14,7 +14,7 @@ from sparseserve.errors import TuningError
 from sparseserve.evaluation.request import Request, settings
 from sparseserve.evaluation.results import Results
 from sparseserve.tuning.run import OWN_ATTENTION, Asked, Evaluate, tune, write_policy
-from sparseserve.tuning.search import budgets, families
+from sparseserve.tuning.search import budgets, families, with_budgets
 
 RIGHT, HALF = (1.0, 1.0), (1.0, 0.0)
 VLLM = ("--max-model-len", "9216", "--enforce-eager")
@@ -109,3 +109,12 @@ def test_families_differ_in_the_budget_alone() -> None:
 def test_usual_budgets() -> None:
     assert budgets([2048, 8192]) == [256, 512, 1024, 2048, 4096]
     assert budgets([300]) == [256]
+
+
+def test_usual_budgets_that_a_policy_cannot_have_are_left_out() -> None:
+    def named(*lengths: int) -> list[str]:
+        return [str(one) for one in with_budgets(settings("hip,quest", ()), lengths)]
+
+    quest = [f"quest:budget_tokens={budget}" for budget in (256, 512, 1024, 2048)]
+    assert named(4096) == ["hip:budget_tokens=2048", *quest]
+    assert named(2048) == ["hip", *quest[:3]]  # its sink and recent tokens alone are 1280
