@@ -62,10 +62,15 @@ class HeadShape:
 
 @dataclass(frozen=True, slots=True)
 class PagedKV:
-    """Views of a page pool; strides are free, within what the kernels of the device take."""
+    """Views of a page pool; strides are free, within what the kernels of the device take.
 
-    key: Tensor  # [M, H, P, D] bf16, fp16 or fp32
-    value: Tensor  # [M, H, P, D] same dtype
+    A page has a slot for each KV head of the layer. With `places` it has any number of slots, and every KV head names
+    one, and one of several page tables, so that heads may keep different tokens. Only `attend` takes places.
+    """
+
+    key: Tensor  # [M, H, P, D] bf16, fp16 or fp32; [M, slots, P, D] with places
+    value: Tensor  # as key
+    places: Tensor | None = None  # [H, 2] int32, table and slot of every KV head; None: one table, head h in slot h
 
     @property
     def page_size(self) -> int:
@@ -77,7 +82,7 @@ class PagedKV:
 class PageTable:
     """The paged cache as this step sees it, one row per decoding request."""
 
-    pages: Tensor  # [B, N] int32, physical page of each logical page
+    pages: Tensor  # [B, N] int32, physical page of each logical page; with places [R, B, N], R tables
     seq_lens: Tensor  # [B] int32, tokens with the one being decoded; 0 marks a padding row
 
 

@@ -85,17 +85,23 @@ inline Query query_of(const Tensor& query) {
           check_head_dim(query.size(2)), query.stride(0),   query.stride(1)};
 }
 
-// Pages [B, N] and lengths [B]; no row may be longer than its pages.
-inline PageTable table_of(const Tensor& pages, const Tensor& seq_lens, int64_t rows, int64_t page_size) {
-  check_shape(pages, "pages", {rows, -1});
+// Pages [B, N], or [R, B, N] of several tables, and lengths [B]; no row may be longer than its pages.
+inline PageTable table_of(const Tensor& pages, const Tensor& seq_lens, int64_t rows, int64_t page_size,
+                          bool several = false) {
+  if (several)
+    check_shape(pages, "pages", {-1, rows, -1});
+  else
+    check_shape(pages, "pages", {rows, -1});
   check_type(pages, "pages", ScalarType::Int);
-  check_stride(pages, "pages", 1, 1);
+  const int64_t last = pages.dim() - 1, width = pages.size(last);
+  check_stride(pages, "pages", last, 1);
   const int32_t* lens = dense<int32_t>(seq_lens, "seq_lens", ScalarType::Int, {rows});
   check_values(rows, [&](int64_t b) {
-    STD_TORCH_CHECK(lens[b] >= 0 && lens[b] <= pages.size(1) * page_size, "seq_lens[", b, "] = ", lens[b],
-                    " does not fit ", pages.size(1), " pages of ", page_size, " tokens");
+    STD_TORCH_CHECK(lens[b] >= 0 && lens[b] <= width * page_size, "seq_lens[", b, "] = ", lens[b],
+                    " does not fit ", width, " pages of ", page_size, " tokens");
   });
-  return {static_cast<const int32_t*>(pages.const_data_ptr()), pages.stride(0), pages.size(1), lens};
+  return {static_cast<const int32_t*>(pages.const_data_ptr()), several ? pages.stride(0) : 0, pages.stride(last - 1),
+          width, lens};
 }
 
 // Where blocks of a row meet.
@@ -113,6 +119,15 @@ inline void check_heads(int64_t heads, int64_t kv_heads, int64_t selection_heads
                   "selection heads must be 1, ", kv_heads, " or ", heads, ", not ", selection_heads);
 }
 
+// A selection of all heads is one list of pages.
+inline void check_one_table(const Cache& cache) {
+  check_values(cache.places ? cache.heads : 0, [&](int64_t h) {
+    STD_TORCH_CHECK(cache.places[2 * h] == cache.places[0], "places[", h, "][0] = ", cache.places[2 * h],
+                    " must be ", cache.places[0], ", as of head 0: heads of several tables need ", cache.heads,
+                    " selection heads, not 1");
+  });
+}
+
 // The keys [M, H, P, D] of a pool.
 inline Pool keys_of(const Tensor& key) {
   check_shape(key, "key", {-1, -1, -1, -1});
@@ -125,16 +140,31 @@ inline Pool keys_of(const Tensor& key) {
   return {key.const_data_ptr(), key.stride(0), key.stride(1), key.stride(2)};
 }
 
-inline Cache key_cache(const Tensor& key, const Query& query, const Tensor& pages, const Tensor& seq_lens) {
+// Table and slot [H, 2] of every KV head.
+inline const int32_t* places_of(const Tensor& places, int64_t tables, int64_t slots) {
+  const int32_t* place = dense<int32_t>(places, "places", ScalarType::Int, {-1, 2});
+  check_values(places.size(0), [&](int64_t h) {
+    STD_TORCH_CHECK(place[2 * h] >= 0 && place[2 * h] < tables, "places[", h, "][0] = ", place[2 * h], " is none of ",
+                    tables, " tables");
+    STD_TORCH_CHECK(place[2 * h + 1] >= 0 && place[2 * h + 1] < slots, "places[", h, "][1] = ", place[2 * h + 1],
+                    " is none of ", slots, " slots");
+  });
+  return place;
+}
+
+inline Cache key_cache(const Tensor& key, const Query& query, const Tensor& pages, const Tensor& seq_lens,
+                       const std::optional<Tensor>& places = {}) {
   const Pool keys = keys_of(key);
   check_shape(key, "key", {-1, -1, -1, query.head_dim});
   STD_TORCH_CHECK(dtype_of(key, "key") == query.dtype, "query and key must have the same dtype");
-  return {keys, {}, query.dtype, key.size(1), key.size(2), table_of(pages, seq_lens, query.rows, key.size(2))};
+  const PageTable table = table_of(pages, seq_lens, query.rows, key.size(2), places.has_value());
+  return {keys, {}, query.dtype, places ? places->size(0) : key.size(1), key.size(2), table,
+          places ? places_of(*places, pages.size(0), key.size(1)) : nullptr};
 }
 
 inline Cache kv_cache(const Tensor& key, const Tensor& value, const Query& query, const Tensor& pages,
-               const Tensor& seq_lens) {
-  Cache cache = key_cache(key, query, pages, seq_lens);
+               const Tensor& seq_lens, const std::optional<Tensor>& places) {
+  Cache cache = key_cache(key, query, pages, seq_lens, places);
   check_shape(value, "value", {key.size(0), key.size(1), key.size(2), key.size(3)});
   STD_TORCH_CHECK(dtype_of(value, "value") == query.dtype, "query and value must have the same dtype");
   if (kTransposedKeys) check_stride(value, "value", 2, query.head_dim);

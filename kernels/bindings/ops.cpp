@@ -7,12 +7,13 @@ using namespace sparseserve;
 
 void attend(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& pages, const Tensor& seq_lens,
             const Tensor& spans, const Tensor& units, const Tensor& count, int64_t unit_tokens, double scale,
-            Tensor out, Tensor lse, Tensor attended, std::optional<Tensor> scratch) {
+            Tensor out, Tensor lse, Tensor attended, std::optional<Tensor> places, std::optional<Tensor> scratch) {
   const DeviceOf device(query);
   const Query q = query_of(query);
-  const Cache cache = kv_cache(key, value, q, pages, seq_lens);
+  const Cache cache = kv_cache(key, value, q, pages, seq_lens, places);
   const Selection selection = selection_of(spans, units, count, unit_tokens, q.rows);
   check_heads(q.heads, cache.heads, selection.heads);
+  if (selection.heads == 1) check_one_table(cache);
   check_shape(out, "out", {q.rows, q.heads, q.head_dim});
   check_type(out, "out", query.scalar_type());
   check_stride(out, "out", 2, 1);

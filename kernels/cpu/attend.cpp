@@ -99,11 +99,11 @@ class Attention {
     const Query& query = params_.query;
     const Cache& cache = params_.cache;
     const int64_t row = item.output->row, head = item.output->head;
-    const int64_t kv_head = head / (query.heads / cache.heads), size = size_of(cache.dtype);
+    const int64_t slot = cache.slot(head / (query.heads / cache.heads)), size = size_of(cache.dtype);
     return {static_cast<const char*>(query.data) + (row * query.row_stride + head * query.head_stride) * size,
             query.head_stride, group_,
-            static_cast<const char*>(cache.key.data) + kv_head * cache.key.head_stride * size,
-            static_cast<const char*>(cache.value.data) + kv_head * cache.value.head_stride * size};
+            static_cast<const char*>(cache.key.data) + slot * cache.key.head_stride * size,
+            static_cast<const char*>(cache.value.data) + slot * cache.value.head_stride * size};
   }
 
   Ahead ahead_of(const Item& item) const {

@@ -67,7 +67,7 @@ class TokenScores {
 
   void score(const Item& item, const Item* next) {
     Tile tiles[kChunkTiles];
-    TileList list(params_.cache, item.row, tiles);
+    TileList list(params_.cache, item.row, item.head, tiles);
     list.append(item.begin, item.end);
     const int64_t tokens = list.size() * kTileTokens, out_heads = per_head_ ? group_ : 1;
     thread_local Scratch<float> masses, queries;

@@ -25,7 +25,7 @@ TileList selected_tiles(const AttendParams& params, int64_t row, int64_t head, T
   const int64_t at = row * selection.heads + head, length = params.cache.table.seq_lens[row];
   const int64_t first_end = std::clamp<int64_t>(selection.spans[2 * at], 0, length);
   const int64_t second_begin = std::clamp<int64_t>(selection.spans[2 * at + 1], first_end, length);
-  TileList list(params.cache, row, tiles);
+  TileList list(params.cache, row, head * params.cache.heads / selection.heads, tiles);
   list.append(0, first_end);
   int64_t covered = first_end;
   for (int64_t i = 0; i < selection.count[at]; ++i) {

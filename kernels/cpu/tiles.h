@@ -8,11 +8,11 @@ namespace sparseserve::cpu {
 // The most tiles that a row of `length` tokens can have.
 inline int64_t tile_count(int64_t length) { return (length + kTileTokens - 1) / kTileTokens; }
 
-// The tiles of tokens [begin, end) of a row, appended to an ascending list.
+// The tiles of tokens [begin, end) of a row and KV head, appended to an ascending list.
 class TileList {
  public:
-  TileList(const Cache& cache, int64_t row, Tile* tiles)
-      : pages_(cache.table.pages + row * cache.table.stride), page_size_(cache.page_size), tiles_(tiles) {}
+  TileList(const Cache& cache, int64_t row, int64_t kv_head, Tile* tiles)
+      : pages_(cache.pages(row, kv_head)), page_size_(cache.page_size), tiles_(tiles) {}
 
   // begin must not lie before the end of the range before.
   void append(int64_t begin, int64_t end);

@@ -133,7 +133,7 @@ class AttendBlock {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const bool shares = p_.selection.heads == 1;  // all KV heads have one selection
     const int selection_head = shares ? 0 : blockIdx.y;
-    const Attended attended(p_, row_, selection_head);
+    const Attended attended(p_, row_, selection_head, kv_head());
     const int each = max(1, (attended.tiles() + kWarps * static_cast<int>(kMaxSplits) - 1) /
                                 (kWarps * static_cast<int>(kMaxSplits))) * kWarps;
     splits_ = max(1, (attended.tiles() + each - 1) / each);
@@ -154,9 +154,10 @@ class AttendBlock {
   __device__ __forceinline__ void attend_tiles(const Attended& attended, int tile, int end, int lane,
                                                Accumulator<D, NT>& sums) {
     if (tile >= end) return;
-    const int g = lane / 4, t = lane % 4, kv_head = blockIdx.y / (gridDim.y / static_cast<int>(p_.cache.heads));
-    const T* key = static_cast<const T*>(p_.cache.key.data) + kv_head * p_.cache.key.head_stride;
-    const T* value = static_cast<const T*>(p_.cache.value.data) + kv_head * p_.cache.value.head_stride;
+    const int g = lane / 4, t = lane % 4;
+    const int64_t slot = p_.cache.slot(kv_head());
+    const T* key = static_cast<const T*>(p_.cache.key.data) + slot * p_.cache.key.head_stride;
+    const T* value = static_cast<const T*>(p_.cache.value.data) + slot * p_.cache.value.head_stride;
     const float scale = p_.scale * kLog2E;
     Queries<T, kPart, NT> queries;
     queries.load(p_.query, row_, head_, group_, lane);
@@ -247,6 +248,8 @@ class AttendBlock {
       write_head<T>(p_, row_, head_ + head, dim, out, most_and_sum[2 * head], most_and_sum[2 * head + 1]);
     }
   }
+
+  __device__ __forceinline__ int kv_head() const { return blockIdx.y / (gridDim.y / static_cast<int>(p_.cache.heads)); }
 
   __device__ __forceinline__ Partial of_warp(int warp, int head) const {
     return {shared_ + (warp * group_ + head) * (D + 2), D};

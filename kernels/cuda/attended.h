@@ -13,9 +13,9 @@ struct TileRows {
 
 class Attended {
  public:
-  __device__ Attended(const AttendParams& params, int row, int head)
+  __device__ Attended(const AttendParams& params, int row, int head, int kv_head)
       : cache_(params.cache),
-        pages_(params.cache.table.pages + row * params.cache.table.stride),
+        pages_(params.cache.pages(row, kv_head)),
         length_(params.cache.table.seq_lens[row]) {
     const Selection& selection = params.selection;
     const int64_t at = row * selection.heads + head;

@@ -256,6 +256,10 @@ def attend(
     query, out [B, Hq, D] of the cache's dtype; pages [B, N] int32; seq_lens [B] int32; lse [B, Hq] fp32, natural log;
     attended [B, Hs] int32, the number of tokens in the union. A row without tokens gives out 0 and lse -inf. What lies
     outside the selection has no influence, and a row's result does not depend on the other rows.
+
+    With `kv.places` pages is [R, B, N], and KV head h lies in slot places[h, 1] of the pages of table places[h, 0]. The
+    strides of R and B are free, 0 where rows share a table. One selection of all heads (Hs = 1) needs them all in one
+    table. Pages without a selected token are not looked up, save a row's first on CUDA, which must be one of the pool.
     """
     kernels(query.device.type)
     rows, heads, _ = query.shape
@@ -276,6 +280,7 @@ def attend(
         out,
         lse,
         attended,
+        kv.places,
         _scratch(scratch, query),
     )
     return out, lse

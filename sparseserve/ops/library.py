@@ -31,7 +31,7 @@ SCHEMAS = {
     f"Tensor(b!) spans, Tensor(c!) units, Tensor(d!) count, Tensor(f!)? scores=None, {_SCRATCH}) -> ()",
     "attend": "(Tensor query, Tensor key, Tensor value, Tensor pages, Tensor seq_lens, Tensor spans, Tensor units, "
     "Tensor count, int unit_tokens, float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) attended, "
-    f"{_SCRATCH}) -> ()",
+    f"Tensor? places=None, {_SCRATCH}) -> ()",
 }
 
 

@@ -41,7 +41,8 @@ def attend(
         chosen = attended_tokens(selection, row, length)
         attended[row] = chosen.sum(1)
         chosen = chosen.repeat_interleave(heads // chosen.shape[0], 0)  # [Hq, length]
-        keys, values = (row_tokens(pool, pages[row], length).to(dtype) for pool in (kv.key, kv.value))
+        own = pages[..., row, :]
+        keys, values = (row_tokens(pool, own, length, kv.places).to(dtype) for pool in (kv.key, kv.value))
         scores = logits(query[row], keys, scale, dtype).masked_fill(~chosen, -torch.inf)
         lse[row] = scores.logsumexp(1)
         weights = (scores - lse[row, :, None]).exp().where(chosen, 0)

@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 
-def row_tokens(pool: Tensor, pages: Tensor, length: int) -> Tensor:
-    """The first `length` tokens of one row: pool [M, H, P, D], pages [N] int32 -> [H, length, D]."""
+def row_tokens(pool: Tensor, pages: Tensor, length: int, places: Tensor | None = None) -> Tensor:
+    """The first `length` tokens of one row: pool [M, H, P, D], pages [N] int32 -> [H, length, D].
+
+    With the places [H, 2] of a PagedKV: pool [M, slots, P, D], pages [R, N].
+    """
+    if places is not None:
+        return torch.cat([row_tokens(pool[:, slot, None], pages[table], length) for table, slot in places.tolist()])
     page_size = pool.shape[2]
     used = pages[: -(-length // page_size)].long()
     return pool[used].transpose(0, 1).flatten(1, 2)[:, :length]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class Case:
 
     query: Tensor  # [B, Hq, D]
     kv: PagedKV
-    pages: Tensor  # [B, N] int32
+    pages: Tensor  # [B, N] int32; [R, B, N] with places
     seq_lens: Tensor  # [B] int32
     shape: HeadShape
 
@@ -41,7 +41,7 @@ class Case:
     @property
     def capacity(self) -> int:
         """The most tokens that a row can hold, N * P."""
-        return self.pages.shape[1] * self.kv.page_size
+        return self.pages.shape[-1] * self.kv.page_size
 
     def slots(self, row: int) -> tuple[Tensor, Tensor]:
         """Slots and positions of the tokens of a row."""
@@ -81,6 +81,22 @@ def paged_kv(
             half[at] = torch.randn(length, shape.kv_heads, dim, generator=generator).to(dtype)
     query = torch.randn(rows, shape.query_heads, dim, generator=generator).to(dtype) * 2
     return Case(query, kv, pages.int(), torch.tensor(lengths, dtype=torch.int32), shape)
+
+
+def scattered(case: Case, tables: int, slots: int, seed: int = 0, poison: float = torch.nan) -> Case:
+    """The case with every KV head in a table and slot of its own choice; `poison` fills all other slots and pages."""
+    heads, page_size, dim = case.shape.kv_heads, case.kv.page_size, case.shape.head_dim
+    place = torch.tensor(random.Random(seed).sample(range(tables * slots), heads))
+    places = torch.stack([place // slots, place % slots], 1)
+    pool = tables * case.pages.numel() + 1
+    order = torch.randperm(pool, generator=torch.Generator().manual_seed(seed))
+    pages = order[1:].view(tables, *case.pages.shape)
+    memory = torch.full((pool, slots * page_size * 2 * dim + 64), poison, dtype=case.query.dtype)
+    kv = target.views(target.cache(memory, HeadShape(slots, 1, dim), page_size))
+    for head, (table, slot) in enumerate(places.tolist()):
+        for half, whole in ((kv.key, case.kv.key), (kv.value, case.kv.value)):
+            half[pages[table], slot] = whole[case.pages.long(), head]
+    return replace(case, kv=replace(kv, places=places.int()), pages=pages.int())
 
 
 def random_selection(case: Case, heads: int, unit_tokens: int, seed: int = 0) -> Selection:

@@ -41,7 +41,8 @@ def torch_attend(case: Case, selection: Selection) -> Tensor:
     for row, length in enumerate(case.seq_lens.tolist()):
         chosen = attended_tokens(selection, row, length)
         chosen = chosen.repeat_interleave(case.shape.query_heads // len(chosen), 0)
-        keys, values = (row_tokens(half, case.pages[row], length) for half in (case.kv.key, case.kv.value))
+        pages, places = case.pages[..., row, :], case.kv.places
+        keys, values = (row_tokens(half, pages, length, places) for half in (case.kv.key, case.kv.value))
         mixed = scaled_dot_product_attention(
             case.query[row][None, :, None],
             keys.repeat_interleave(case.shape.group, 0)[None],

@@ -24,8 +24,8 @@ struct Query {
   int64_t head_stride;
 };
 
-// One half (K or V) of a page pool, [M, H, P, D]. On the CPU, within a page and head, K is [D, P] and V [P, D], both
-// dense; on CUDA the dims of a token are dense.
+// One half (K or V) of a page pool, [M, H, P, D]: a page has a slot for each KV head, or any number with `places`. On
+// the CPU, within a page and slot, K is [D, P] and V [P, D], both dense; on CUDA the dims of a token are dense.
 struct Pool {
   const void* data;
   int64_t page_stride;
@@ -35,8 +35,9 @@ struct Pool {
 
 // The rows of a step; a length of 0 marks a padding row.
 struct PageTable {
-  const int32_t* pages;     // [B, N], physical page of each logical page
-  int64_t stride;
+  const int32_t* pages;     // [R, B, N], physical page of each logical page; R tables, one without `places`
+  int64_t table_stride;
+  int64_t stride;           // of a row, 0 if all share one
   int64_t width;            // N
   const int32_t* seq_lens;  // [B]
 };
@@ -48,6 +49,12 @@ struct Cache {
   int64_t heads;          // H
   int64_t page_size;      // P, a multiple of 32 on the CPU, of 16 on CUDA
   PageTable table;
+  const int32_t* places;  // [H, 2], table and slot of every KV head; null: head h is in slot h of the one table
+
+  constexpr const int32_t* pages(int64_t row, int64_t kv_head) const {
+    return table.pages + row * table.stride + (places ? places[2 * kv_head] * table.table_stride : 0);
+  }
+  constexpr int64_t slot(int64_t kv_head) const { return places ? places[2 * kv_head + 1] : kv_head; }
 };
 
 // [0, spans[0]), the units, and [spans[1], seq_len).
