@@ -10,5 +10,8 @@ def register() -> None:
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    from sparseserve.plugin import window_cache
+
     register_backend(AttentionBackendEnum.CPU_ATTN, "sparseserve.plugin.backend_cpu.SparseCPUBackend")
     register_backend(AttentionBackendEnum.CUSTOM, "sparseserve.plugin.backend_cuda.SparseCUDABackend")
+    window_cache.register()

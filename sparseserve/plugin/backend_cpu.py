@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +22,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from sparseserve.cache import cpu_views
 from sparseserve.decode import decode_layer
-from sparseserve.plugin.cache import with_summaries
-from sparseserve.plugin.layers import SparseImpl, bind_layers, extended
+from sparseserve.plugin.grouped import GroupedHeads, GroupedStep, GroupedSteps
+from sparseserve.plugin.layers import SparseBackend, SparseImpl, bind_layers, extended
 from sparseserve.plugin.metadata import RowSplit, split_rows, take_rows, token_rows
 from sparseserve.plugin.settings import head_shape, model_shape, policy_of
 from sparseserve.plugin.stats import Meter
@@ -33,11 +32,8 @@ from sparseserve.step import StepBuffers
 from sparseserve.types import NewTokens, PageTable, Step
 
 
-class SparseCPUBackend(CPUAttentionBackend):
+class SparseCPUBackend(SparseBackend, CPUAttentionBackend):
     """CPU_ATTN, with the policy of `additional_config["sparseserve"]` on decode rows."""
-
-    # vLLM asks the class for its spec outside of any config; the layers were built just before, within theirs.
-    policy: ClassVar[Policy | None] = None
 
     @staticmethod
     def get_impl_cls() -> type[SparseCPUImpl]:
@@ -46,10 +42,6 @@ class SparseCPUBackend(CPUAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[SparseCPUBuilder]:
         return SparseCPUBuilder
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return spec if cls.policy is None else with_summaries(spec, cls.policy)
 
 
 @dataclass
@@ -70,6 +62,7 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._policy: Policy | None = None
+        self._grouped: GroupedSteps | None = None
         policy = policy_of(vllm_config)
         if policy is not None and not self.is_encoder_only_attention:
             self.bind(policy)
@@ -89,15 +82,22 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         mine = [plans[extract_layer_index(name)] for name in layers]
         self._meter = Meter(policy, mine)
         bind_layers(config, self.kv_cache_spec, layers, mine, policy, heads, self._meter)
+        if groups := SparseCPUBackend.groups:
+            self.reorder_batch_threshold = 1
+            self._grouped = GroupedSteps(groups, policy, self._buffers, self._of_heads)
+            for plan, layer in zip(mine, layers.values(), strict=True):
+                layer.impl.bind_heads(GroupedHeads(groups, plan.layer, self.device, None))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> CPUAttentionMetadata:
+    ) -> CPUAttentionMetadata | GroupedStep:
         common = common_attn_metadata
         if self._policy is None:
             return super().build(common_prefix_len, common, fast_build)
         split = split_rows(common, self._policy.dense_up_to)
         self._meter.count_rows(split)
+        if self._grouped is not None:
+            return self._grouped.build(common)
         positions = common.positions[: common.num_actual_tokens]
         if not split.sparse.shape[0]:
             return extended(
@@ -133,6 +133,15 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
             step=step,
         )
 
+    def _of_heads(self, common: CommonAttentionMetadata, kv_heads: int) -> CPUAttentionMetadata:
+        """The parent's metadata for some of a layer's KV heads."""
+        all_heads = self.num_kv_heads, self.num_heads
+        self.num_kv_heads, self.num_heads = kv_heads, kv_heads * (self.num_heads // self._model.heads.kv_heads)
+        try:
+            return super().build(0, common)
+        finally:
+            self.num_kv_heads, self.num_heads = all_heads
+
     def _step(self, common: CommonAttentionMetadata, rows: Tensor) -> Step:
         table = PageTable(common.block_table_tensor[rows], common.seq_lens[rows])
         step = self._buffers.step(table)
@@ -149,6 +158,9 @@ class SparseCPUImpl(SparseImpl, CPUAttentionBackendImpl):
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
+        if self._heads is not None:
+            self._write_groups(layer, key, value, slot_mapping)
+            return
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         if self._policy is not None and self._summary_shape:
             bound = self._bound(kv_cache)
@@ -164,11 +176,13 @@ class SparseCPUImpl(SparseImpl, CPUAttentionBackendImpl):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
+        attn_metadata: CPUAttentionMetadata | GroupedStep | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
+        if isinstance(attn_metadata, GroupedStep):
+            return self._forward_groups(layer, query, kv_cache, attn_metadata, output)
         step = getattr(attn_metadata, "step", None)
         if step is None:
             return super().forward(

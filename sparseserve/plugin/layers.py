@@ -3,47 +3,128 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from sparseserve.cache import summaries
-from sparseserve.decode import SparseLayer
-from sparseserve.plugin.settings import check_attention, policy_of
+from sparseserve.decode import SparseLayer, decode_layer
+from sparseserve.plugin.cache import with_summaries
+from sparseserve.plugin.grouped import GroupedHeads, GroupedStep
+from sparseserve.plugin.heads import HeadGroups
+from sparseserve.plugin.settings import check_attention, head_shape, model_shape, policy_of
 from sparseserve.plugin.stats import Meter
 from sparseserve.policies import Policy
+from sparseserve.storage import store_heads
 from sparseserve.types import HeadShape, LayerPlan, PagedKV
+
+
+class SparseBackend(AttentionBackend):
+    """vLLM asks the class for its spec outside of any config; the layers were built just before, within theirs."""
+
+    policy: ClassVar[Policy | None] = None
+    groups: ClassVar[HeadGroups | None] = None
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        if cls.groups is not None:
+            return cls.groups.layers_spec(spec)
+        return spec if cls.policy is None else with_summaries(spec, cls.policy)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Pages as runs of slots need all layers of a page side by side."""
+        return super().supported_kv_cache_layouts() if cls.groups is None else (KVCacheLayout.BLHNC,)
 
 
 class SparseImpl:
     """One layer; comes before vLLM's own class among the bases."""
 
-    backend: ClassVar[type[AttentionBackend]]  # whose `policy` vLLM's spec is made with
+    backend: ClassVar[type[SparseBackend]]  # which vLLM's spec is made with
     views: ClassVar[Callable[[Tensor], PagedKV]]  # of the cache
 
     _policy: Policy | None = None
     _layer: SparseLayer | None = None
+    _heads: GroupedHeads | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._config = get_current_vllm_config()
-        self.backend.policy = policy_of(self._config)
+        self.backend.policy, self.backend.groups = policy_of(self._config), None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Group the heads, before vLLM asks what their pages are; the first layer does it for all."""
+        super().process_weights_after_loading(act_dtype)
+        policy = self.backend.policy
+        if policy is not None and policy.frees_pages and self.backend.groups is None:
+            self.backend.groups = group_heads(self._config, policy)
 
     def bind(self, policy: Policy, plan: LayerPlan, summary_shape: tuple[int, ...], meter: Meter | None) -> None:
         """Take the layer's plan; `meter` is the one to report a finished step to, for the last layer only."""
         self._policy, self._plan, self._summary_shape, self._meter = policy, plan, summary_shape, meter
         self._layer = None
 
+    def bind_heads(self, heads: GroupedHeads) -> None:
+        """Take the places of the layer's heads."""
+        self._heads = heads
+
     def _bound(self, kv_cache: Tensor) -> SparseLayer:
-        if self._layer is None or self._layer.kv.key.data_ptr() != kv_cache.data_ptr():
-            summary = summaries(kv_cache, self._summary_shape, self._policy.summary_dtype)
-            self._layer = SparseLayer(self._policy, self._plan, self.views(kv_cache), summary, self.scale)
+        pages = kv_cache if self._heads is None else self._heads.groups.pages
+        if self._layer is None or self._layer.kv.key.data_ptr() != pages.data_ptr():
+            summary = summaries(pages, self._summary_shape, self._policy.summary_dtype)
+            places = None if self._heads is None else self._heads.places
+            kv = replace(self.views(pages), places=places)
+            self._layer = SparseLayer(self._policy, self._plan, kv, summary, self.scale)
         return self._layer
+
+    def _write_groups(self, layer: torch.nn.Module, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
+        """Write keys and values [T, H, D] to the pages of their groups; `slot_mapping` is the first group's."""
+        pages, mappings = self._heads.groups.pages, get_forward_context().slot_mapping
+        for part in self._heads.parts:
+            heads = part.heads.kv
+            slots = mappings[part.name] if part.number else slot_mapping
+            super().do_kv_cache_update(layer, key[:, heads], value[:, heads], pages[:, part.slots], slots)
+
+    def _forward_groups(
+        self, layer: torch.nn.Module, query: Tensor, kv_cache: Tensor, batch: GroupedStep, output: Tensor
+    ) -> Tensor:
+        bound, heads = self._bound(kv_cache), self._heads
+        if batch.decode is not None:
+            decode_layer(bound, batch.decode, query[: batch.rows], output[: batch.rows])
+            if self._meter is not None:
+                self._meter.count_tokens(batch.decode)
+        if batch.prompts and heads.full is not None:
+            tokens, mine = slice(batch.rows, batch.prompts[-1].tokens.stop), heads.full.heads
+            pages, metadata = heads.groups.pages[:, heads.full.slots], batch.vllm[len(mine.kv)]
+            out = query.new_empty((tokens.stop - tokens.start, *query[0, mine.query].shape))
+            super().forward(layer, query[tokens, mine.query], None, None, pages, metadata, out)
+            output[tokens, mine.query] = out
+        if heads.windowed is not None:
+            for prompt in batch.prompts:
+                for piece in prompt.pieces(heads.piece):
+                    heads.attend_windows(piece, bound, query[piece.tokens], output[piece.tokens])
+        return output
+
+
+def group_heads(config: VllmConfig, policy: Policy) -> HeadGroups | None:
+    """The groups of the model's KV heads, known to vLLM; None where every head keeps everything."""
+    layer = next(iter(get_layers_from_vllm_config(config, Attention).values()))
+    model = model_shape(config, head_shape(layer), get_tensor_model_parallel_rank())
+    storage = store_heads(policy, model)
+    if storage.spans == (None,):
+        return None
+    rows, device = config.scheduler_config.max_num_seqs, torch.device(config.device_config.device)
+    groups = HeadGroups(storage, model, layer.kv_cache_torch_dtype, rows, device)
+    groups.register(config)
+    return groups
 
 
 def bind_layers(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import prod
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -59,6 +59,11 @@ class Policy(BaseModel, ABC):
         return self.min_tokens
 
     @property
+    def frees_pages(self) -> bool:
+        """Whether heads store no more than they may attend to, in their prompt, too."""
+        return False
+
+    @property
     def host_bound(self) -> str:
         """The switch that makes a step wait for values on the host, so that CUDA cannot run it; "" for none."""
         return ""
@@ -109,6 +114,26 @@ class Policy(BaseModel, ABC):
         self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float, out: Tensor
     ) -> None:
         """Change `out` [B, Hq, D], with its log-sum-exp in `step.lse`, once a layer has attended."""
+
+
+class WindowPolicy(Policy):
+    """A policy whose heads attend to the first and the last tokens, as the length alone tells."""
+
+    kv_memory: Literal["shared", "per_head"] = Field(
+        "per_head",
+        description="per_head: heads free what leaves their windows, which hold in the prompt, too; shared: all heads "
+        "keep everything, and attend to it in the prompt",
+    )
+
+    @property
+    def frees_pages(self) -> bool:
+        return self.kv_memory == "per_head"
+
+    @model_validator(mode="after")
+    def _keeps_what_it_needs(self) -> WindowPolicy:
+        if self.frees_pages and self.measure_recall:
+            raise ValueError("measure_recall attends to tokens that kv_memory = per_head frees; give kv_memory=shared")
+        return self
 
 
 class BudgetPolicy(Policy):

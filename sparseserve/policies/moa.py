@@ -8,11 +8,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sparseserve.plan import ModelShape
-from sparseserve.policies.base import Policy, PositiveTokens, Tokens, load_artifact
+from sparseserve.policies.base import PositiveTokens, Tokens, WindowPolicy, load_artifact
 from sparseserve.types import LayerPlan, Role, Scope, Window
 
 
-class Moa(Policy):
+class Moa(WindowPolicy):
     """A query head of a row of N tokens spans alpha + beta * N of them: the sink and the most recent ones.
 
     N is the current length; MoA's own runtime takes the prompt and 1024 tokens, once. A KV head spans what the longest

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from sparseserve.artifacts import Artifact
 from sparseserve.plan import ModelShape
-from sparseserve.policies.base import Policy, PositiveTokens, Tokens, load_artifact
+from sparseserve.policies.base import PositiveTokens, Tokens, WindowPolicy, load_artifact
 from sparseserve.types import HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step, Window
 
 SINK_TOKENS, RECENT_TOKENS = 64, 1024  # where neither the artifact nor the user says
 
 
-class Retrieval(Policy):
+class Retrieval(WindowPolicy):
     """A KV head is a retrieval head by its score, the largest of its query heads' where the artifact scores those.
 
     `threshold` takes the scores from it on, `share` the best round(share * heads) KV heads of the whole model: the
@@ -43,9 +43,11 @@ class Retrieval(Policy):
     compensate: bool = Field(False, description="add the mean of what a head drops as one token (RazorAttention)")
 
     @model_validator(mode="after")
-    def _one_rule(self) -> Retrieval:
+    def _fits(self) -> Retrieval:
         if self.threshold is not None and self.share is not None:
             raise ValueError("threshold and share exclude each other; give one of them")
+        if self.frees_pages and self.compensate:
+            raise ValueError("compensate sums up pages that kv_memory = per_head frees; give kv_memory=shared")
         return self
 
     @property

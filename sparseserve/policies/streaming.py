@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 
 from sparseserve.plan import ModelShape
-from sparseserve.policies.base import Policy, PositiveTokens, Tokens
+from sparseserve.policies.base import PositiveTokens, Tokens, WindowPolicy
 from sparseserve.types import LayerPlan, Role, Window
 
 
-class Streaming(Policy):
+class Streaming(WindowPolicy):
     """Attends to the first `sink_tokens` and the last `recent_tokens`, the current token included."""
 
     name: ClassVar[str] = "streaming"

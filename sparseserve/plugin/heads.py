@@ -1,0 +1,156 @@
+"""KV heads in groups with page tables of their own: what vLLM's worker is told, and where the pages are.
+
+The first group belongs to the model's attention layers, every other to one layer that exists for its pages only. All
+page tables draw from one pool: a page is a run of slots, whichever group holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+
+from sparseserve.plan import ModelShape
+from sparseserve.plugin import poison
+from sparseserve.plugin.window_cache import SinkWindowSpec
+from sparseserve.storage import Span, Storage
+
+
+class HeadGroups:
+    """The groups of one worker's KV heads."""
+
+    def __init__(
+        self, storage: Storage, model: ModelShape, dtype: torch.dtype, rows: int, device: torch.device
+    ) -> None:
+        self.storage, self.model = storage, model
+        self.rows, self._dtype, self._device = rows, dtype, device
+        self._layers: dict[str, Attention] = {}
+        self.names: list[str] = []  # of every group's first layer
+
+    def register(self, config: VllmConfig) -> None:
+        """Put a layer for every group but the first beside the model's own layers, of which it takes note."""
+        context = config.compilation_config.static_forward_context
+        self._layers = {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
+        first = next(iter(self._layers))
+        self.names = [first, *(f"{first}.group{number}" for number in range(1, len(self.storage.spans)))]
+        context.update({name: GroupLayer(self, number) for number, name in enumerate(self.names) if number})
+
+    def layers_spec(self, spec: AttentionSpec) -> AttentionSpec:
+        """What a layer of the model asks for: its part of the first group's page, which it does not use itself."""
+        part = replace(spec, num_head_slots=1, state_content_bytes=self._part_bytes)
+        return part if (span := self.storage.spans[0]) is None else self._window_spec(part, span, 0)
+
+    def group_spec(self, number: int) -> AttentionSpec:
+        """What the layer of another group asks for: whole pages."""
+        span = self.storage.spans[number]
+        assert span is not None
+        page = FullAttentionSpec(
+            block_size=self.model.page_size,
+            num_kv_heads=self.storage.slots,
+            head_size=self.model.heads.head_dim,
+            dtype=self._dtype,
+            page_size_padded=self.model.layers * self.model.page_size * self._part_bytes,
+        )
+        return self._window_spec(page, span, number)
+
+    def _window_spec(self, spec: AttentionSpec, span: Span, number: int) -> SinkWindowSpec:
+        kept = span.pages(self.model.max_len, spec.block_size) * spec.block_size
+        same = ("num_kv_heads", "head_size", "dtype", "page_size_padded", "num_head_slots", "state_content_bytes")
+        fields = {name: getattr(spec, name) for name in same}
+        return SinkWindowSpec(block_size=spec.block_size, sliding_window=kept, span=span, part=number, **fields)
+
+    @property
+    def _part_bytes(self) -> int:
+        """A layer's part of a page, for every token of the page."""
+        page = self.storage.slots * 2 * self.model.heads.head_dim
+        return -(-page // self.model.layers) * self._dtype.itemsize
+
+    @property
+    def pages(self) -> Tensor:
+        """The pool [M, S, P, 2D]: all pages, whichever group holds them."""
+        first = self._layers[self.names[0]].kv_cache
+        size, width = self.model.page_size, 2 * self.model.heads.head_dim
+        return first.as_strided(
+            (first.shape[0], self.storage.slots, size, width), (first.stride(0), size * width, width, 1)
+        )
+
+    @cached_property
+    def tables(self) -> Tensor:
+        """Page tables of every group [R, rows, N] int32, as the latest batch has them."""
+        shape = len(self.storage.spans), self.rows, -(-self.model.max_len // self.model.page_size)
+        return torch.zeros(shape, dtype=torch.int32, device=self._device)
+
+    def keep_table(self, number: int, common: CommonAttentionMetadata) -> None:
+        """Copy the batch's page table of a group to where kernels find those of all groups."""
+        if number == 0 and poison.ENABLED:
+            poison.fill(self.pages)
+        pages = -(-common.max_seq_len // self.model.page_size)
+        self.tables[number, : common.num_reqs, :pages] = common.block_table_tensor[: common.num_reqs, :pages]
+
+
+class GroupLayer(AttentionLayerBase):
+    """Stands for a group's pages in vLLM's table of attention layers; computes nothing."""
+
+    def __init__(self, groups: HeadGroups, number: int) -> None:
+        self.groups, self.number = groups, number
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return GroupBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        return self.groups.group_spec(self.number)
+
+
+class GroupBackend(AttentionBackend):
+    """Of layers that compute nothing."""
+
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[AttentionImpl]:
+        raise AssertionError("a group of heads has no attention of its own")
+
+    @staticmethod
+    def get_builder_cls() -> type[GroupBuilder]:
+        return GroupBuilder
+
+
+class GroupBuilder(AttentionMetadataBuilder[CommonAttentionMetadata]):
+    """Passes a group's page table on; the attention layers find it there."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    reorder_batch_threshold: int = 1
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        (name,) = layer_names
+        layer = vllm_config.compilation_config.static_forward_context[name]
+        self._keep: Callable[[int, CommonAttentionMetadata], None] = layer.groups.keep_table
+        self._number: int = layer.number
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> CommonAttentionMetadata:
+        self._keep(self._number, common_attn_metadata)
+        return common_attn_metadata

@@ -1,0 +1,34 @@
+"""Debugging: pages that windows free are filled with NaN before the next step, so that reading one cannot go unseen.
+
+Set SPARSESERVE_POISON_FREED_PAGES=1; scheduler and worker must share a process (VLLM_ENABLE_V1_MULTIPROCESSING=0).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+ENABLED = os.environ.get("SPARSESERVE_POISON_FREED_PAGES") == "1"
+
+_FREED: set[int] = set()
+
+
+def freed(pool: BlockPool, blocks: Sequence[KVCacheBlock]) -> None:
+    """Remember the blocks that nobody holds any more; no prefix finds them again."""
+    gone = {block.block_id for block in blocks if block.ref_cnt == 0}
+    pool.evict_blocks(gone)
+    _FREED.update(gone)
+
+
+def fill(pages: Tensor) -> int:
+    """Fill the freed pages of a pool [M, ...] with NaN; returns how many."""
+    count = len(_FREED)
+    if count:
+        pages[torch.tensor(sorted(_FREED))] = torch.nan
+        _FREED.clear()
+    return count

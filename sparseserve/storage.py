@@ -1,0 +1,190 @@
+"""Which KV heads store what: per-head budgets as groups of heads with one page table each.
+
+All groups draw pages from one pool. A page has `slots` slots, each P tokens of one KV head; a group gives every one of
+its heads a slot. The first group holds the heads that need everything, if there are any; the others hold heads whose
+windows were rounded up to one of at most `MAX_CLASSES` spans, and free the pages that fell out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sparseserve.plan import ModelShape
+from sparseserve.policies.base import Policy
+from sparseserve.types import LayerPlan
+
+MAX_CLASSES = 3  # spans that windows are rounded up to
+MAX_GROUPS = 12  # page tables of a row
+EPSILON = 1e-6  # tokens; a class is never shorter than a window because of how numbers are rounded
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What a row keeps: the first `sink` tokens and, at N tokens, the last max(alpha + beta * N, minimum).
+
+    Rows of up to `dense_up_to` tokens keep everything. With beta <= 1 what was dropped is never needed again.
+    """
+
+    sink: int  # tokens
+    alpha: float  # tokens
+    beta: float
+    minimum: int = 0  # tokens
+    dense_up_to: int = 0  # tokens
+
+    def start(self, length: int) -> int:
+        """The first of the last tokens that a row of `length` tokens keeps."""
+        if length <= self.dense_up_to:
+            return 0
+        return max(0, length - max(int(self.alpha + self.beta * length + EPSILON), self.minimum))
+
+    def sink_pages(self, page_size: int) -> int:
+        """Pages that hold the sink."""
+        return -(-self.sink // page_size)
+
+    def freed_pages(self, length: int, page_size: int) -> int:
+        """Pages between the sink and the last tokens of a row of `length` tokens."""
+        return max(0, self.start(length) // page_size - self.sink_pages(page_size))
+
+    def pages(self, length: int, page_size: int) -> int:
+        """Pages that a row of `length` tokens keeps."""
+        return -(-length // page_size) - self.freed_pages(length, page_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Where the KV heads of every layer of one rank are stored; all ranks have the same slots and spans."""
+
+    slots: int  # S, heads that a page has room for
+    spans: tuple[Span | None, ...]  # of every group; None keeps everything
+    places: Tensor  # [L, H, 2] int32, of every KV head: its group and its slot
+
+    def heads(self, layer: int, group: int) -> list[int]:
+        """KV heads of a layer in a group, ascending; their slots are consecutive."""
+        return (self.places[layer, :, 0] == group).nonzero().flatten().tolist()
+
+    def group_heads(self, group: int) -> int:
+        """KV heads of all layers in a group."""
+        return int((self.places[..., 0] == group).sum())
+
+    def pages(self, length: int, page_size: int) -> list[int]:
+        """Pages of every group that a row of `length` tokens keeps."""
+        return [-(-length // page_size) if span is None else span.pages(length, page_size) for span in self.spans]
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """A KV head and what it keeps; `kept` tokens at the longest length."""
+
+    rank: int
+    layer: int
+    head: int
+    span: Span | None
+    kept: int
+
+
+def store_heads(policy: Policy, model: ModelShape) -> Storage:
+    """Group the KV heads of the model by what they keep, and give this rank's their slots."""
+    heads = [head for rank in range(model.ranks) for head in _heads(policy, replace(model, rank=rank))]
+    full = [head for head in heads if head.span is None]
+    windowed = sorted((head for head in heads if head.span is not None), key=lambda head: head.kept)
+    packing = _cheapest(full, windowed, model)
+    runs = [windowed[begin:end] for begin, end in pairwise(packing.bounds)]
+    spans: list[Span | None] = []
+    places = torch.zeros(model.layers, model.heads.kv_heads, 2, dtype=torch.int32)
+    for run in [full, *runs] if full else runs:
+        mine = sorted((head for head in run if head.rank == model.rank), key=lambda head: (head.layer, head.head))
+        for i, head in enumerate(mine):
+            places[head.layer, head.head] = torch.tensor([len(spans) + i // packing.slots, i % packing.slots])
+        spans += [_covering(run, model.max_len)] * -(-_load(run, model.ranks) // packing.slots)
+    return Storage(packing.slots, tuple(spans), places)
+
+
+def _heads(policy: Policy, model: ModelShape) -> Iterable[_Head]:
+    for plan in policy.plans(model):
+        for head, span in enumerate(_spans(plan, policy, model)):
+            kept = model.max_len if span is None else span.pages(model.max_len, model.page_size) * model.page_size
+            if kept >= model.max_len:
+                yield _Head(model.rank, plan.layer, head, None, model.max_len)
+            else:
+                yield _Head(model.rank, plan.layer, head, span, kept)
+
+
+def _spans(plan: LayerPlan, policy: Policy, model: ModelShape) -> list[Span | None]:
+    """What every KV head of a layer keeps."""
+    heads, window = model.heads.kv_heads, plan.window
+    if window is None:
+        return [None] * heads
+    spans: list[Span | None] = []
+    for sink, alpha, beta in zip(window.sink.tolist(), window.alpha.tolist(), window.beta.tolist(), strict=True):
+        lines = [(a - sink, b) for a, b in zip(alpha, beta, strict=True)]
+        spans.append(Span(sink, *_chord(lines, model.max_len), window.minimum - sink, policy.dense_up_to))
+    return spans * (heads // len(spans))
+
+
+def _chord(lines: Sequence[tuple[float, float]], max_len: int) -> tuple[float, float]:
+    """The lowest line alpha + beta * N that from 0 to `max_len` tokens is nowhere below one of `lines`."""
+    first = max(alpha for alpha, _ in lines)
+    last = max(alpha + beta * max_len for alpha, beta in lines)
+    return first, (last - first) / max_len
+
+
+def _covering(heads: Sequence[_Head], max_len: int) -> Span | None:
+    """What the group of `heads` keeps."""
+    spans = [head.span for head in heads if head.span is not None]
+    if not spans:
+        return None
+    line = _chord([(span.alpha, span.beta) for span in spans], max_len)
+    sink, minimum = max(span.sink for span in spans), max(span.minimum for span in spans)
+    return Span(sink, *line, minimum, spans[0].dense_up_to)
+
+
+def _load(heads: Sequence[_Head], ranks: int) -> int:
+    """Heads of the rank that has most of them."""
+    return max(sum(head.rank == rank for head in heads) for rank in range(ranks))
+
+
+@dataclass(frozen=True, slots=True)
+class _Packing:
+    """Runs of windowed heads, each rounded up to its longest, in pages of `slots` slots."""
+
+    cost: int  # tokens of one slot that the longest row takes
+    groups: int
+    slots: int
+    bounds: tuple[int, ...]  # of the runs; begins with 0
+
+
+def _cheapest(full: Sequence[_Head], windowed: Sequence[_Head], model: ModelShape) -> _Packing:
+    """The packing of which the longest row takes least; `windowed` ascends. `full` heads share a group."""
+    most = _load(full, model.ranks)
+    ends = [i for i, (head, later) in enumerate(pairwise(windowed), 1) if head.kept != later.kept] + [len(windowed)]
+    loads = {
+        (begin, end): _load(windowed[begin:end], model.ranks) for end in ends for begin in [0, *ends] if begin < end
+    }
+    packings = []
+    for slots in range(max(most, 1), max(most, _load(windowed, model.ranks)) + 1):
+        start = _Packing(slots * model.max_len, 1, slots, (0,)) if full else _Packing(0, 0, slots, (0,))
+        packings += _runs(start, ends, loads, windowed)
+    return min(packings, key=lambda packing: (packing.cost, packing.groups))
+
+
+def _runs(
+    start: _Packing, ends: Sequence[int], loads: Mapping[tuple[int, int], int], windowed: Sequence[_Head]
+) -> list[_Packing]:
+    """The cheapest packings of all heads in at most MAX_CLASSES runs, for every number of groups up to MAX_GROUPS."""
+    best = {(0, start.groups): start}
+    for _ in range(MAX_CLASSES):
+        for packing in list(best.values()):
+            begin = packing.bounds[-1]
+            for end in (end for end in ends if end > begin):
+                parts = -(-loads[begin, end] // start.slots)
+                cost = packing.cost + parts * start.slots * windowed[end - 1].kept
+                longer = _Packing(cost, packing.groups + parts, start.slots, (*packing.bounds, end))
+                at = end, longer.groups
+                if longer.groups <= MAX_GROUPS and (at not in best or cost < best[at].cost):
+                    best[at] = longer
+    return [packing for (end, _), packing in best.items() if end == len(windowed)]
