@@ -138,7 +138,7 @@ class GroupedHeads:
         self.windowed = Heads.of(windowed, heads.group, device) if windowed else None
 
     def attend_windows(self, prompt: Prompt, layer: SparseLayer, query: Tensor, out: Tensor) -> None:
-        """Attend the windowed heads of query [T, Hq, D], tokens of a prompt, to their windows; writes theirs in `out`."""
+        """Attend the windowed heads of query [T, Hq, D], tokens of a prompt, to their windows, into theirs of `out`."""
         heads, window = self.windowed, layer.plan.window
         assert heads is not None and window is not None
         windows = window.spans(prompt.lengths)
