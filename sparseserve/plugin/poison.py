@@ -1,4 +1,4 @@
-"""Debugging: pages that windows free are filled with NaN before the next step, so that reading one cannot go unseen.
+"""Debugging: pages that windows free are filled with numbers that spoil an answer, before the next step.
 
 Set SPARSESERVE_POISON_FREED_PAGES=1; scheduler and worker must share a process (VLLM_ENABLE_V1_MULTIPROCESSING=0).
 """
@@ -13,6 +13,8 @@ from torch import Tensor
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+# Not NaN: vLLM's attention multiplies what lies behind the end of a row with 0.
+POISON = 1e4
 ENABLED = os.environ.get("SPARSESERVE_POISON_FREED_PAGES") == "1"
 
 _FREED: set[int] = set()
@@ -25,10 +27,8 @@ def freed(pool: BlockPool, blocks: Sequence[KVCacheBlock]) -> None:
     _FREED.update(gone)
 
 
-def fill(pages: Tensor) -> int:
-    """Fill the freed pages of a pool [M, ...] with NaN; returns how many."""
-    count = len(_FREED)
-    if count:
-        pages[torch.tensor(sorted(_FREED))] = torch.nan
+def fill(pages: Tensor) -> None:
+    """Fill the freed pages of a pool [M, ...] before anything is written to them."""
+    if _FREED:
+        pages[torch.tensor(sorted(_FREED), device=pages.device)] = POISON
         _FREED.clear()
-    return count
