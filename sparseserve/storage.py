@@ -106,7 +106,7 @@ def store_heads(policy: Policy, model: ModelShape) -> Storage:
 
 def _heads(policy: Policy, model: ModelShape) -> Iterable[_Head]:
     for plan in policy.plans(model):
-        for head, span in enumerate(_spans(plan, policy, model)):
+        for head, span in enumerate(head_spans(plan, policy, model)):
             kept = model.max_len if span is None else span.pages(model.max_len, model.page_size) * model.page_size
             if kept >= model.max_len:
                 yield _Head(model.rank, plan.layer, head, None, model.max_len)
@@ -114,7 +114,7 @@ def _heads(policy: Policy, model: ModelShape) -> Iterable[_Head]:
                 yield _Head(model.rank, plan.layer, head, span, kept)
 
 
-def _spans(plan: LayerPlan, policy: Policy, model: ModelShape) -> list[Span | None]:
+def head_spans(plan: LayerPlan, policy: Policy, model: ModelShape) -> list[Span | None]:
     """What every KV head of a layer keeps."""
     heads, window = model.heads.kv_heads, plan.window
     if window is None:
