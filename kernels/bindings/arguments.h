@@ -95,6 +95,9 @@ inline PageTable table_of(const Tensor& pages, const Tensor& seq_lens, int64_t r
   check_type(pages, "pages", ScalarType::Int);
   const int64_t last = pages.dim() - 1, width = pages.size(last);
   check_stride(pages, "pages", last, 1);
+  int64_t reach = 0;  // CUDA counts them in 32 bits, and units
+  for (int64_t i = 0; i <= last; ++i) reach += (pages.size(i) - 1) * pages.stride(i);
+  STD_TORCH_CHECK(reach <= INT32_MAX, "pages must lie within 2^31 elements");
   const int32_t* lens = dense<int32_t>(seq_lens, "seq_lens", ScalarType::Int, {rows});
   check_values(rows, [&](int64_t b) {
     STD_TORCH_CHECK(lens[b] >= 0 && lens[b] <= width * page_size, "seq_lens[", b, "] = ", lens[b],
@@ -179,6 +182,7 @@ inline Selection selection_of(const Tensor& spans, const Tensor& units, const Te
                        int64_t rows) {
   check_shape(units, "units", {rows, -1, -1});
   const int64_t heads = units.size(1), slots = units.size(2);
+  STD_TORCH_CHECK(units.numel() <= INT32_MAX, "units must have less than 2^31 elements, not ", units.numel());
   STD_TORCH_CHECK(unit_tokens > 0, "unit_tokens must be positive, not ", unit_tokens);
   return {heads, slots, unit_tokens,
           dense<int32_t>(spans, "spans", ScalarType::Int, {rows, heads, 2}),

@@ -155,7 +155,8 @@ class AttendBlock {
                                                Accumulator<D, NT>& sums) {
     if (tile >= end) return;
     const int g = lane / 4, t = lane % 4;
-    const int64_t slot = p_.cache.slot(kv_head());
+    // Every lane has the same slot; nvcc, told so, keeps both pointers in uniform registers.
+    const int64_t slot = __reduce_max_sync(kAllLanes, static_cast<unsigned>(p_.cache.slot(kv_head())));
     const T* key = static_cast<const T*>(p_.cache.key.data) + slot * p_.cache.key.head_stride;
     const T* value = static_cast<const T*>(p_.cache.value.data) + slot * p_.cache.value.head_stride;
     const float scale = p_.scale * kLog2E;

@@ -15,16 +15,16 @@ class Attended {
  public:
   __device__ Attended(const AttendParams& params, int row, int head, int kv_head)
       : cache_(params.cache),
-        pages_(params.cache.pages(row, kv_head)),
+        selection_(params.selection),
+        first_page_(static_cast<int>(params.cache.pages(row, kv_head) - params.cache.table.pages)),
         length_(params.cache.table.seq_lens[row]) {
-    const Selection& selection = params.selection;
-    const int64_t at = row * selection.heads + head;
-    const int unit = static_cast<int>(selection.unit_tokens);
-    units_ = selection.units + at * selection.slots;
+    const int64_t at = row * selection_.heads + head;
+    const int unit = static_cast<int>(selection_.unit_tokens);
+    first_unit_ = static_cast<int>(at * selection_.slots);
     shift_ = __ffs(unit) - 1;
-    count_ = selection.count[at];
-    first_ = min(max(selection.spans[2 * at], 0), length_);
-    last_ = min(max(selection.spans[2 * at + 1], first_), length_);
+    count_ = selection_.count[at];
+    first_ = min(max(selection_.spans[2 * at], 0), length_);
+    last_ = min(max(selection_.spans[2 * at + 1], first_), length_);
     if (first_ == last_) first_ = last_ = length_;  // everything, however it is written, is cut into the same tiles
     head_tiles_ = (first_ + kTileTokens - 1) / kTileTokens;
     unit_tiles_ = first_ < last_ ? ((count_ << shift_) + kTileTokens - 1) / kTileTokens : 0;
@@ -43,7 +43,7 @@ class Attended {
       counts = position < first_;
     } else if (tile < head_tiles_ + unit_tiles_) {
       const int entry = (tile - head_tiles_) * kTileTokens + r, unit = entry >> shift_;
-      position = unit < count_ ? (units_[unit] << shift_) + (entry & ((1 << shift_) - 1)) : -1;
+      position = unit < count_ ? (unit_at(unit) << shift_) + (entry & ((1 << shift_) - 1)) : -1;
       counts = position >= first_ && position < last_;
     } else {
       position = (last_ / kTileTokens + tile - head_tiles_ - unit_tiles_) * kTileTokens + r;
@@ -53,7 +53,8 @@ class Attended {
     position = counts ? position : 0;
     const Pool& pool = cache_.key;  // the value's strides are the same
     const int page_size = static_cast<int>(cache_.page_size), page = position / page_size;
-    const int64_t offset = pages_[page] * pool.page_stride + (position - page * page_size) * pool.token_stride;
+    const int64_t offset = cache_.table.pages[first_page_ + page] * pool.page_stride +
+                           (position - page * page_size) * pool.token_stride;
     return {offset, __ballot_sync(kAllLanes, counts) & 0xffff};
   }
 
@@ -61,16 +62,18 @@ class Attended {
   __device__ __forceinline__ int tokens(int lane) const {
     int inside = 0;
     for (int i = lane; i < count_; i += 32) {
-      const int begin = units_[i] << shift_, end = begin + (1 << shift_);
+      const int begin = unit_at(i) << shift_, end = begin + (1 << shift_);
       inside += max(0, min(end, last_) - max(begin, first_));
     }
     return first_ + length_ - last_ + static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(inside)));
   }
 
  private:
+  __device__ __forceinline__ int unit_at(int i) const { return selection_.units[first_unit_ + i]; }
+
   const Cache& cache_;
-  const int32_t* pages_;
-  const int32_t* units_;
+  const Selection& selection_;
+  int first_page_, first_unit_;  // indices of 32 bits: registers are few
   int length_, first_, last_, count_, shift_;
   int head_tiles_, unit_tiles_, tiles_;
 };
