@@ -13,7 +13,8 @@ from rich.table import Table
 from sparseserve.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sparseserve.server.explain import Explanation
+    from sparseserve.memory import Memory
+    from sparseserve.server.explain import Explanation, RowMemory
 
 
 def explain(
@@ -25,7 +26,7 @@ def explain(
     lengths: Annotated[str, typer.Option(metavar="N,...", help="Context lengths in tokens.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict what MODEL reads of the KV cache in a decode step under a policy, without its weights.
+    """Predict what MODEL reads and stores of the KV cache under a policy, without its weights.
 
     Every other option goes to vLLM as in `serve`, for example --block-size 64 or --max-model-len 32768.
     """
@@ -79,6 +80,37 @@ def describe(explained: Explanation) -> dict[str, Any]:
             }
             for step in explained.steps
         ],
+        "memory": {
+            "kv_memory": "per_head" if explained.policy.frees_pages else "shared",
+            "page_slots": explained.memory.slots,
+            "page_bytes": explained.memory.page_bytes + explained.memory.summary_bytes,
+            "rows": [_row(row, explained.memory) for row in explained.rows],
+        },
+    }
+
+
+def _row(row: RowMemory, memory: Memory) -> dict[str, Any]:
+    """What a row stores, in JSON-able words."""
+    groups = [(group, group.pages(row.length, memory.page_size)) for group in memory.groups]
+    return {
+        "length": row.length,
+        "groups": [
+            {
+                "kv_heads": group.heads,
+                "first_and_last_tokens": group.window(row.length),
+                "page_tables": group.tables,
+                "pages": pages,
+                "slots": group.tables * memory.slots,
+                "empty_slots": group.tables * memory.slots - group.heads,
+                "bytes": pages * memory.page_bytes,
+            }
+            for group, pages in groups
+        ],
+        "summary_bytes": row.stored.summaries,
+        "bytes": row.stored.bytes,
+        "dense_bytes": row.stored.dense,
+        "ratio_to_dense": row.stored.ratio,
+        "rounding_cost": row.rounding,
     }
 
 
@@ -99,21 +131,60 @@ def _print(explained: dict[str, Any]) -> None:
         table.add_section()
     console = Console()
     console.print(table)
-    for line in _notes(explained):
+    per_head = explained["memory"]["kv_memory"] == "per_head"
+    if per_head:
+        console.print(_stored(explained["memory"]["rows"]))
+    for line in [*(_per_head_notes if per_head else _shared_notes)(explained), *_tile_notes(explained)]:
         console.print(line, highlight=False)
 
 
-def _notes(explained: dict[str, Any]) -> list[str]:
+def _stored(rows: list[dict[str, Any]]) -> Table:
+    """What rows store, by the heads that keep the same."""
+    table = Table("context", "KV heads", "keep", "pages", "empty slots", "stored", "less than dense")
+    table.title = "what one row stores"
+    for name in ("KV heads", "pages", "empty slots", "stored", "less than dense"):
+        next(column for column in table.columns if column.header == name).justify = "right"
+    for row in rows:
+        for group in row["groups"]:
+            window = group["first_and_last_tokens"]
+            keep = "everything" if window is None else f"first {window[0]}, last {window[1]}"
+            empty = f"{group['empty_slots']} of {group['slots']}"
+            table.add_row(
+                str(row["length"]), str(group["kv_heads"]), keep, str(group["pages"]), empty, _size(group["bytes"]), ""
+            )
+        heads, pages = (str(sum(group[key] for group in row["groups"])) for key in ("kv_heads", "pages"))
+        ratio = f"{row['ratio_to_dense']:.2f}x"
+        table.add_row(str(row["length"]), heads, "all", pages, "", _size(row["bytes"]), ratio, style="bold")
+        table.add_section()
+    return table
+
+
+def _per_head_notes(explained: dict[str, Any]) -> list[str]:
+    memory, page, longest = explained["memory"], explained["page_tokens"], explained["memory"]["rows"][-1]
+    return [
+        f"Memory: a page has {memory['page_slots']} slots, each {page} tokens of one KV head: "
+        f"{_size(memory['page_bytes'])}.",
+        f"Windows that were rounded up and empty slots cost {longest['rounding_cost']:.1%} over what the heads need by "
+        f"themselves at {longest['length']} tokens.",
+        f"Rows of up to {explained['dense_up_to']} tokens attend to everything and keep it.",
+    ]
+
+
+def _shared_notes(explained: dict[str, Any]) -> list[str]:
     per_page, per_token = explained["summary_bytes_per_page"], explained["summary_bytes_per_token"]
-    share = per_token / explained["kv_bytes_per_token"]
-    notes = [
-        f"Memory: {_size(explained['kv_bytes_per_token'])} per token; for summaries {_size(per_token)} more "
-        f"({share:.1%}), {_size(per_page)} per page of {explained['page_tokens']} tokens.",
+    share, ratio = per_token / explained["kv_bytes_per_token"], explained["memory"]["rows"][-1]["ratio_to_dense"]
+    return [
+        f"Memory: all heads keep everything, {_size(explained['kv_bytes_per_token'])} per token; for summaries "
+        f"{_size(per_token)} more ({share:.1%}), {_size(per_page)} per page of {explained['page_tokens']} tokens: "
+        f"{ratio:.2f}x less than dense.",
         f"Rows of up to {explained['dense_up_to']} tokens take vLLM's own attention.",
     ]
+
+
+def _tile_notes(explained: dict[str, Any]) -> list[str]:
     if (unit := explained["unit_tokens"]) is not None and unit < 32:
-        notes.append(f"On the CPU keys come in tiles of 32: units of {unit} read up to {32 // unit} times the keys.")
-    return notes
+        return [f"On the CPU keys come in tiles of 32: units of {unit} read up to {32 // unit} times the keys."]
+    return []
 
 
 def _size(count: float) -> str:

@@ -11,20 +11,25 @@ from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from sparseserve.cache import summaries
 from sparseserve.decode import SparseLayer, decode_layer
+from sparseserve.errors import UnsupportedError
+from sparseserve.memory import Memory, memory_of
 from sparseserve.plugin.cache import with_summaries
 from sparseserve.plugin.grouped import GroupedHeads, GroupedStep
 from sparseserve.plugin.heads import HeadGroups
-from sparseserve.plugin.settings import check_attention, head_shape, model_shape, policy_of
+from sparseserve.plugin.settings import check_attention, group_problems, head_shape, model_shape, policy_of
 from sparseserve.plugin.stats import Meter
 from sparseserve.policies import Policy
 from sparseserve.storage import store_heads
 from sparseserve.types import HeadShape, LayerPlan, PagedKV
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what its own loggers say
 
 
 class SparseBackend(AttentionBackend):
@@ -104,8 +109,9 @@ class SparseImpl:
         if batch.prompts and heads.full is not None:
             tokens, mine = slice(batch.rows, batch.prompts[-1].tokens.stop), heads.full.heads
             pages, metadata = heads.groups.pages[:, heads.full.slots], batch.vllm[len(mine.kv)]
-            out = query.new_empty((tokens.stop - tokens.start, *query[0, mine.query].shape))
-            super().forward(layer, query[tokens, mine.query], None, None, pages, metadata, out)
+            asked = query[tokens, mine.query]
+            out = torch.empty_like(asked)
+            super().forward(layer, asked, None, None, pages, metadata, out)
             output[tokens, mine.query] = out
         if heads.windowed is not None:
             for prompt in batch.prompts:
@@ -116,6 +122,8 @@ class SparseImpl:
 
 def group_heads(config: VllmConfig, policy: Policy) -> HeadGroups | None:
     """The groups of the model's KV heads, known to vLLM; None where every head keeps everything."""
+    if problems := list(group_problems(config, policy)):
+        raise UnsupportedError(*problems)
     layer = next(iter(get_layers_from_vllm_config(config, Attention).values()))
     model = model_shape(config, head_shape(layer), get_tensor_model_parallel_rank())
     storage = store_heads(policy, model)
@@ -137,11 +145,25 @@ def bind_layers(
     meter: Meter,
 ) -> None:
     """Give every layer its plan and its room in the pages; the last one reports to `meter`."""
-    meter.set_kv_bytes(spec, config.cache_config.num_gpu_blocks or 0, len(layers))
+    model = model_shape(config, heads)
+    groups = next(iter(layers.values())).impl.backend.groups
+    memory = memory_of(policy, plans, model, spec.dtype.itemsize, groups and groups.storage)
+    meter.set_memory(memory, model.max_len)
+    _log_capacity(memory, config.cache_config.num_gpu_blocks, model.max_len)
     summary_shape = policy.summary_shape(heads, spec.block_size)
     for (name, layer), plan in zip(layers.items(), plans, strict=True):
         check_attention(name, layer.impl)
         layer.impl.bind(policy, plan, summary_shape, meter if plan is plans[-1] else None)
+
+
+def _log_capacity(memory: Memory, blocks: int | None, longest: int) -> None:
+    """Say how many tokens the cache holds in rows of `longest`; vLLM has no blocks yet while it profiles."""
+    if blocks:
+        tokens, dense = memory.capacity(blocks - 1, longest)  # vLLM keeps block 0 empty
+        logger.info_once(
+            f"sparseserve: KV cache for {tokens:,} tokens at {longest:,} per request, dense {dense:,} "
+            f"({memory.row(longest).ratio:.2f}x)"
+        )
 
 
 def extended(metadata: type, parent: object, **sparse: object) -> Any:

@@ -16,6 +16,8 @@ class RowSplit:
     sparse: Tensor  # [B] int64, decode rows longer than the policy's threshold
     dense: Tensor  # [R - B] int64, all others
     short: int  # decode rows among the others
+    before: Tensor  # [R] int32, tokens of every row before the step
+    after: Tensor  # [R] int32, tokens with those of the step
 
     @property
     def prefill(self) -> int:
@@ -29,13 +31,16 @@ def split_rows(common: CommonAttentionMetadata, dense_up_to: int) -> RowSplit:
     A prompt's last chunk of one token is prefill: the answer must not depend on where chunks end.
     """
     query_lens = common.query_start_loc_cpu.diff()
-    assert common.is_prefilling is not None and common.seq_lens_cpu_upper_bound is not None
+    lengths = common.seq_lens_cpu_upper_bound
+    assert common.is_prefilling is not None and lengths is not None
     decode = (query_lens == 1) & ~common.is_prefilling
-    sparse = decode & (common.seq_lens_cpu_upper_bound > dense_up_to)
+    sparse = decode & (lengths > dense_up_to)
     return RowSplit(
         sparse=sparse.nonzero().squeeze(1),
         dense=(~sparse).nonzero().squeeze(1),
         short=int((decode & ~sparse).sum()),
+        before=lengths - query_lens,
+        after=lengths,
     )
 
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+import vllm.envs as envs
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backend import AttentionImpl
-from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import KVCacheLayout, is_quantized_kv_cache
 
 from sparseserve.config import ADDITIONAL_CONFIG, from_dict
 from sparseserve.errors import Problem, UnsupportedError
@@ -21,6 +22,7 @@ from sparseserve.policies import Policy
 from sparseserve.types import HeadShape
 
 CUDA_HEAD_SIZES = (64, 96, 128, 256)
+PAGES_FIRST = KVCacheLayout.BLHNC.name
 CUDA_GROUP = 16  # query heads of a KV head, at most
 WITHOUT_US = "serve this model without additional_config.sparseserve"
 
@@ -91,6 +93,23 @@ def page_problems(vllm_config: VllmConfig, policy: Policy) -> Iterator[Problem]:
     if policy.selection_slots(vllm_config.model_config.max_model_len) and page % unit:
         allowed = f"a multiple of {unit}, the unit_tokens of {policy.name}"
         yield Problem("--block-size", page, allowed, remedy=f"give --block-size {-(-page // unit) * unit}")
+
+
+def group_problems(vllm_config: VllmConfig, policy: Policy) -> Iterator[Problem]:
+    """What keeps heads from having pages of their own."""
+    if not policy.frees_pages:
+        return
+    stages, layout = vllm_config.parallel_config.pipeline_parallel_size, envs.VLLM_KV_CACHE_LAYOUT
+    shared = "serve with --set kv_memory=shared"
+    if stages > 1:
+        allowed = "1 with kv_memory = per_head: heads of all layers share pages"
+        yield Problem("--pipeline-parallel-size", stages, allowed, remedy=f"drop it, or {shared}")
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        allowed = "not set with kv_memory = per_head: vLLM would keep everything for every head"
+        yield Problem("--disable-hybrid-kv-cache-manager", "true", allowed, remedy=f"drop it, or {shared}")
+    if layout not in (None, PAGES_FIRST):
+        allowed = f"{PAGES_FIRST}, or unset, with kv_memory = per_head: a page is one run of memory for all layers"
+        yield Problem("VLLM_KV_CACHE_LAYOUT", layout, allowed, remedy=f"unset it, or {shared}")
 
 
 def cuda_problems(vllm_config: VllmConfig, policy: Policy, heads: HeadShape) -> Iterator[Problem]:

@@ -13,9 +13,9 @@ from weakref import WeakSet
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Summary
 from torch import Tensor
-from vllm.v1.kv_cache_interface import AttentionSpec
 
 from sparseserve import ops
+from sparseserve.memory import Memory, StepMemory
 from sparseserve.plugin.metadata import RowSplit
 from sparseserve.policies import Policy
 from sparseserve.types import LayerPlan, Role, Step
@@ -64,12 +64,28 @@ RECALL = Sums(
     ["policy", "layer"],
     registry=WORKER,
 )
+KV_KINDS = ("full", "window", "summaries", "dense_equivalent")
 KV_BYTES = Gauge(
     "sparseserve_kv_bytes",
-    "Bytes of the KV cache by what they hold.",
+    "Bytes that the rows of the latest step hold in the KV cache, a page that rows share counted for each: of heads "
+    "that keep everything (full), of heads that keep a window (window), of page summaries (summaries); and what dense "
+    "attention would hold (dense_equivalent). Empty slots of pages count. An idle server keeps the last values.",
     ["kind"],
     registry=WORKER,
     multiprocess_mode="sum",
+)
+PAGES_FREED = Counter(
+    "sparseserve_kv_pages_freed",
+    "Pages that left the windows of running rows, in all page tables; not those of rows that ended or were preempted, "
+    "nor those that a prefix hit skipped.",
+    registry=WORKER,
+)
+CAPACITY_GAIN = Gauge(
+    "sparseserve_kv_capacity_gain",
+    "How many times as many rows of the model's longest context the cache holds as it would under dense attention; "
+    "below 1 where summaries take room.",
+    registry=WORKER,
+    multiprocess_mode="max",
 )
 
 
@@ -88,21 +104,25 @@ class Meter:
                 RESIDENT.labels(policy.name, role.value)
         self._decode_rows = DECODE_ROWS.labels(policy.name)
         self._dense_rows = {reason: DENSE_ROWS.labels(policy.name, reason) for reason in ("short", "prefill")}
+        self._kv_bytes = {kind: KV_BYTES.labels(kind) for kind in KV_KINDS}
 
     def _labels(self) -> dict[str, str]:
         return {"backend": "CPU_ATTN", "runner": "V1", "isa": ops.isa()}
 
-    def set_kv_bytes(self, spec: AttentionSpec, pages: int, layers: int) -> None:
-        """Report the size of the cache: `pages` pages in each of `layers` layers."""
-        held = spec.unpadded_page_size_bytes
-        KV_BYTES.labels("kv").set(pages * layers * held)
-        KV_BYTES.labels("summaries").set(pages * layers * (spec.page_size_bytes - held))
+    def set_memory(self, memory: Memory, longest: int) -> None:
+        """Take what the pages of the cache hold; `longest` is the model's longest context in tokens."""
+        self._memory = StepMemory(memory)
+        CAPACITY_GAIN.set(memory.row(longest).ratio)
 
     def count_rows(self, split: RowSplit) -> None:
-        """Count the rows of a step by the path they take."""
+        """Count the rows of a step by the path they take, and what they hold."""
         self._decode_rows.inc(split.sparse.shape[0])
         self._dense_rows["short"].inc(split.short)
         self._dense_rows["prefill"].inc(split.prefill)
+        held, freed = self._memory.hold(split.before, split.after)
+        PAGES_FREED.inc(freed)
+        for kind, size in zip(KV_KINDS, (held.full, held.window, held.summaries, held.dense), strict=True):
+            self._kv_bytes[kind].set(size)
 
     def count_tokens(self, step: Step) -> None:
         """Count what `attend` wrote into the step's buffers."""

@@ -33,7 +33,12 @@ def model_shape(config: VllmConfig) -> ModelShape:
 def check_supported(config: VllmConfig, policy: Policy) -> None:
     """Raise UnsupportedError with everything that stands in the way of `policy`."""
     # Heads and pages of a model without ordinary attention mean nothing.
-    problems = list(_model(config.model_config)) or [*_heads(config), *_flags(config), *_cache(config, policy)]
+    problems = list(_model(config.model_config)) or [
+        *_heads(config),
+        *_flags(config),
+        *_cache(config, policy),
+        *settings.group_problems(config, policy),
+    ]
     if problems:
         raise UnsupportedError(*dict.fromkeys(problems))  # some checks are the plugin's, too
     if current_platform.is_cuda():
@@ -93,9 +98,10 @@ def _heads(config: VllmConfig) -> Iterator[Problem]:
 
 def _flags(config: VllmConfig) -> Iterator[Problem]:
     parallel = config.parallel_config
+    connector = "--kv-transfer-config" if config.cache_config.kv_offloading_size is None else "--kv-offloading-size"
     refused = {
         "--speculative-config": config.speculative_config and config.speculative_config.method,
-        "--kv-transfer-config": config.kv_transfer_config and config.kv_transfer_config.kv_connector,
+        connector: config.kv_transfer_config and config.kv_transfer_config.kv_connector,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size - 1 and "set",
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size - 1 and "set",
     }

@@ -1,4 +1,4 @@
-"""What `serve` would read of the KV cache, told from vLLM's configuration without weights."""
+"""What `serve` would read and store of the KV cache, told from vLLM's configuration without weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,27 @@ from dataclasses import dataclass
 from sparseserve.config import PolicySource
 from sparseserve.cost import StepCost, step_cost, token_bytes
 from sparseserve.errors import ConfigError
+from sparseserve.memory import Memory, Stored, needed_bytes, predict_memory
 from sparseserve.plan import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.server.checks import check_supported, model_shape, plan_layers
 from sparseserve.server.launch import engine_config, parse, vllm_errors
 
 LENGTHS = (4096, 32768, 131072)  # tokens, as far as the model goes
+
+
+@dataclass(frozen=True, slots=True)
+class RowMemory:
+    """What one row of `length` tokens stores on one rank."""
+
+    length: int
+    stored: Stored
+    needed: int  # bytes, of its heads if each had pages of its own for what it keeps
+
+    @property
+    def rounding(self) -> float:
+        """What windows that were rounded up and empty slots cost, as a share of what the heads need."""
+        return (self.stored.full + self.stored.window) / self.needed - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +40,8 @@ class Explanation:
     kv_bytes: int  # of one token in one layer, on one rank
     summary_bytes: int  # of one page in one layer, on one rank
     steps: tuple[StepCost, ...]
+    memory: Memory
+    rows: tuple[RowMemory, ...]  # of the same lengths as the steps
 
 
 def explain(source: PolicySource, argv: list[str], lengths: Sequence[int]) -> Explanation:
@@ -40,12 +57,17 @@ def explain(source: PolicySource, argv: list[str], lengths: Sequence[int]) -> Ex
     except ConfigError as error:
         raise source.locate(error, args.model) from None
     element_bytes = config.model_config.dtype.itemsize
+    memory = predict_memory(policy, plans, model, element_bytes)
+    lengths = _lengths(lengths, model)
+    needed = [needed_bytes(policy, plans, model, element_bytes, length) for length in lengths]
     return Explanation(
         policy,
         model,
         token_bytes(model.heads, element_bytes),
         policy.summary_bytes(model.heads, model.page_size, element_bytes),
-        tuple(step_cost(policy, plans, model, length, element_bytes) for length in _lengths(lengths, model)),
+        tuple(step_cost(policy, plans, model, length, element_bytes) for length in lengths),
+        memory,
+        tuple(RowMemory(length, memory.row(length), alone) for length, alone in zip(lengths, needed, strict=True)),
     )
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sparseserve import ops
 from sparseserve.config import ADDITIONAL_CONFIG, PolicySource, find_policy, to_dict
 from sparseserve.errors import ConfigError, Problem, SparseServeError, UnsupportedError
+from sparseserve.memory import Memory, predict_memory
 from sparseserve.policies import Policy
 from sparseserve.server.supervise import SERVER_ENDED
 from sparseserve.types import LayerPlan, Role
@@ -90,7 +91,8 @@ def prepare(source: PolicySource, argv: list[str]) -> Launch:
         plans = plan_layers(config, policy, shape)
     except ConfigError as error:
         raise source.locate(error, args.model) from None
-    return Launch(args, command_line(argv), summary(config, policy, plans))
+    memory = predict_memory(policy, plans, shape, config.model_config.dtype.itemsize)
+    return Launch(args, command_line(argv), summary(config, policy, plans, memory))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -197,11 +199,12 @@ def command_line(argv: list[str]) -> str:
     return shlex.join([*plugins, "vllm", "serve", *argv])
 
 
-def summary(config: VllmConfig, policy: Policy, plans: Sequence[LayerPlan]) -> str:
+def summary(config: VllmConfig, policy: Policy, plans: Sequence[LayerPlan], memory: Memory) -> str:
     """What the policy will do, in one line."""
     length = config.model_config.max_model_len
     roles = {role: [plan.layer for plan in plans if plan.role is role] for role in Role}
     attended = sum(policy.expected_tokens(plan, length) for plan in plans)
+    gain = memory.row(length).ratio
     backend = f"CPU_ATTN ({ops.isa()})" if config.device_config.device_type == "cpu" else "CUSTOM (cuda)"
     parts = [
         " ".join(f"{key}={value}" for key, value in to_dict(policy).items()),
@@ -209,6 +212,7 @@ def summary(config: VllmConfig, policy: Policy, plans: Sequence[LayerPlan]) -> s
         f"backend {backend}",
         f"runner {'V2' if config.use_v2_model_runner else 'V1'}",
         f"attends to {attended / (length * len(plans)):.1%} of the KV cache per step at {length} tokens",
+        f"stores {1 / gain:.1%} of dense attention's ({gain:.2f}x less)",
     ]
     return "sparseserve: " + "; ".join(parts)
 

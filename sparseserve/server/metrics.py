@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
     from sparseserve.plugin.stats import Snapshot
 
+ALIKE = {"sparseserve_info", "sparseserve_kv_capacity_gain"}  # in all workers
 SCRAPE_TIMEOUT = 2.0  # seconds; the engine answers between two steps, and a long prefill step may outlast a scrape
 
 
 class WorkerMetrics(Collector):
-    """The latest snapshot of all workers: counters and sizes summed, info taken once."""
+    """The latest snapshot of all workers: counters and sizes summed, what is alike taken once."""
 
     def __init__(self) -> None:
         self._workers: list[Snapshot] = []
@@ -46,7 +47,7 @@ class WorkerMetrics(Collector):
             families.setdefault(name, Metric(name, documentation, kind))
             for sample, labels, value in samples:
                 key = (name, sample, tuple(labels.items()))
-                values[key] = value if name == "sparseserve_info" else values.get(key, 0.0) + value
+                values[key] = value if name in ALIKE else values.get(key, 0.0) + value
         for (name, sample, pairs), value in values.items():
             if not sample.endswith("_created"):
                 families[name].add_sample(sample, dict(pairs), value)

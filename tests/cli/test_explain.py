@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from sparseserve.cli import app
+from sparseserve.testing.plans import write_head_map
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_models")]
 
@@ -44,6 +46,53 @@ def test_the_table_says_the_same(models: dict[str, str]) -> None:
     output = explain(models["llama"], "--policy", "tidal", "--set", "reselect_layer=4").output
     for told in ("8192", "2 dense", "2 select", "2 reuse", "less than dense", "units of 1 read up to 32 times"):
         assert told in output
+
+
+def test_heads_that_keep_the_same_are_told_with_their_pages(models: dict[str, str], tmp_path: Path) -> None:
+    heads = write_head_map(tmp_path / "heads.json", {(0, 0), (1, 1), (2, 0)})
+    flags = ["--policy", "retrieval", "--set", f"artifact={heads}", "--set", "recent_tokens=192", "--block-size", "64"]
+    told = explained(models["llama"], *flags, "--lengths", "1024,8192")
+    memory, (short, long) = told["memory"], told["memory"]["rows"]
+    assert (told["dense_up_to"], memory["kv_memory"], memory["page_slots"]) == (1024, "per_head", 3)
+    assert short["ratio_to_dense"] == 1 and short["rounding_cost"] == 0  # 12 heads in four page tables
+    assert [group["first_and_last_tokens"] for group in short["groups"]] == [None, None]
+    full, window = long["groups"]
+    assert (full["kv_heads"], full["pages"], full["empty_slots"]) == (3, 128, 0)
+    assert (window["kv_heads"], window["page_tables"], window["pages"]) == (9, 3, 3 * 4)
+    assert window["first_and_last_tokens"] == [4, 192] and window["slots"] == 9
+    assert long["bytes"] == full["bytes"] + window["bytes"] == 140 * memory["page_bytes"]
+    assert long["dense_bytes"] == 8192 * told["kv_bytes_per_token"]
+    assert long["ratio_to_dense"] == pytest.approx(512 / 140)
+    output = explain(models["llama"], *flags).output
+    for words in (
+        "first 4, last 192",
+        "0 of 9",
+        "3.66x",
+        "3 slots",
+        "cost 0.0%",
+        "1024 tokens attend to everything and",
+    ):
+        assert words in output
+
+
+def test_windows_of_many_lengths_are_rounded_up(models: dict[str, str], tmp_path: Path) -> None:
+    betas = [[0.02 * (layer + 1), 0.02 * (layer + 1), 0.1, 0.1] for layer in range(6)]
+    (plan := tmp_path / "plan.json").write_text(json.dumps({"alphas": [[128] * 4] * 6, "betas": betas}))
+    told = explained(models["llama"], "--policy", "moa", "--set", f"artifact={plan}", "--lengths", "8192")
+    (row,) = told["memory"]["rows"]
+    assert len(row["groups"]) <= 3 and row["rounding_cost"] > 0
+    assert sum(group["kv_heads"] for group in row["groups"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("policy", "ratio"), [("quest", 32 / 33), ("dense", 1.0), ("streaming --set kv_memory=shared", 1.0)]
+)
+def test_shared_memory_is_told_in_a_line(models: dict[str, str], policy: str, ratio: float) -> None:
+    (row,) = explained(models["llama"], "--policy", *policy.split(), "--lengths", "8192")["memory"]["rows"]
+    assert row["ratio_to_dense"] == pytest.approx(ratio) and row["rounding_cost"] == 0
+    output = explain(models["llama"], "--policy", *policy.split()).output
+    assert "all heads keep everything" in output and f"{ratio:.2f}x less than dense" in output
+    assert "what one row stores" not in output
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_the_remedy_for_sliding_windows_works(models: dict[str, str]) -> None:
             ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
             ["--kv-transfer-config = ExampleConnector", "drop --kv-transfer-config"],
         ),
+        (["--kv-offloading-size", "1"], ["--kv-offloading-size = OffloadingConnector", "drop --kv-offloading-size"]),
     ],
 )
 def test_flags_that_cannot_be_combined_are_named(models: dict[str, str], flags: list[str], told: list[str]) -> None:
@@ -96,6 +97,30 @@ def test_all_obstacles_are_told_at_once(models: dict[str, str], monkeypatch: pyt
 def test_reuse_across_pipeline_stages_is_refused(models: dict[str, str]) -> None:
     with pytest.raises(UnsupportedError, match="--pipeline-parallel-size = 2 .*quest"):
         start(models["llama"], "-pp", "2", policy="tidal", sets=("reselect_layer=4",))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["-pp", "2"], ["--pipeline-parallel-size = 2", "per_head", "drop it"]),
+        (["--disable-hybrid-kv-cache-manager"], ["--disable-hybrid-kv-cache-manager = true", "per_head", "drop it"]),
+        ([], ["VLLM_KV_CACHE_LAYOUT = LBNHC", "BLHNC", "unset it"]),
+    ],
+)
+def test_what_keeps_heads_from_freeing_pages_is_refused(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, flags: list[str], told: list[str]
+) -> None:
+    if not flags:
+        monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBNHC")
+    with pytest.raises(UnsupportedError) as error:
+        start(models["llama"], *flags, policy="streaming")
+    assert [words for words in [*told, "--set kv_memory=shared"] if words not in str(error.value)] == []
+    assert start(models["llama"], *flags, policy="streaming", sets=("kv_memory=shared",)).summary
+
+
+def test_pages_of_many_heads_may_lie_as_they_do(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "BLHNC")
+    assert start(models["llama"], policy="streaming").summary
 
 
 @pytest.mark.parametrize(
@@ -127,6 +152,21 @@ def test_the_summary_says_what_the_policy_will_do(models: dict[str, str]) -> Non
     for told in ("policy=tidal", "budget_tokens=2048", "dense 0-1, select 2 4, reuse 3 5", "CPU_ATTN", "runner V1"):
         assert told in summary
     assert "75.0% of the KV cache per step at 8192 tokens" in summary  # (4 layers + 2 layers / 4) / 6
+    assert "stores 100.0% of dense attention's (1.00x less)" in summary
+
+
+@pytest.mark.parametrize(
+    ("policy", "sets", "told"),
+    [
+        ("streaming", (), "stores 14.1% of dense attention's (7.11x less)"),  # 9 of 64 pages of 128 tokens
+        ("streaming", ("kv_memory=shared",), "stores 100.0% of dense attention's (1.00x less)"),
+        ("quest", (), "stores 103.1% of dense attention's (0.97x less)"),  # two vectors for 32 tokens
+    ],
+)
+def test_the_summary_says_what_rows_store(
+    models: dict[str, str], policy: str, sets: tuple[str, ...], told: str
+) -> None:
+    assert told in start(models["llama"], policy=policy, sets=sets).summary
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,11 @@ def test_metrics_count_what_the_kernels_read(
     assert resident == 6 * sum(question.tokens + step for step in range(1, rows + 1))  # six layers
     assert least <= attended / resident <= most
     assert server.total("sparseserve_info", policy=name) == 1
-    assert server.total("sparseserve_kv_bytes", kind="kv") > 0
-    assert bool(server.total("sparseserve_kv_bytes", kind="summaries")) == (name == "quest")
+    full, summaries, dense = (
+        server.total("sparseserve_kv_bytes", kind=kind) for kind in ("full", "summaries", "dense_equivalent")
+    )
+    assert 0 < full == dense and bool(summaries) == (name == "quest")
+    assert (server.total("sparseserve_kv_capacity_gain") < 1) == (name == "quest")
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian package prometheus) is not installed")

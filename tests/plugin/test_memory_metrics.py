@@ -1,0 +1,110 @@
+"""What the metrics say of memory is what vLLM's pool of pages holds, step by step."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparseserve.config import to_dict
+from sparseserve.demo import circuits
+from sparseserve.demo.questions import ask
+from sparseserve.memory import Memory, predict_memory
+from sparseserve.plan import ModelShape
+from sparseserve.plugin.metadata import RowSplit
+from sparseserve.plugin.stats import KV_KINDS, WORKER, Meter
+from sparseserve.policies import Policy, Quest, Retrieval, Streaming
+from sparseserve.storage import Span
+from sparseserve.testing.plans import write_head_map
+from sparseserve.types import HeadShape
+
+PAGE, LONGEST, BLOCKS, CHUNK, ANSWER = 64, 2048, 500, 256, 40
+HEADS = HeadShape(circuits.KV_HEADS, circuits.GROUP, circuits.HEAD_DIM)
+SHAPE = ModelShape("demo", circuits.LAYERS, HEADS, LONGEST, PAGE)
+SCRIPT = Path(__file__).with_name("memory_metrics.py")
+
+
+def test_an_engine_tells_what_its_pool_holds(model: Path, tmp_path: Path) -> None:
+    heads = write_head_map(tmp_path / "heads.json", set(circuits.retrieval_heads()))
+    policy = Retrieval(artifact=heads, sink_tokens=64, recent_tokens=192, min_tokens=0)
+    memory = predict_memory(policy, policy.plans(SHAPE), SHAPE, element_bytes=2)
+    prompts = [list(ask(length, 0.5, length).prompt.encode()) for length in (500, 900)]
+    runs, log = stepped(model, policy, [prompts, [prompts[1]]])
+
+    tokens, dense = memory.capacity(BLOCKS - 1, LONGEST)
+    line = f"sparseserve: KV cache for {tokens:,} tokens at 2,048 per request, dense {dense:,}"
+    assert re.search(re.escape(line), log)
+    (start,), together, again = runs
+    assert start["gain"] == pytest.approx(memory.row(LONGEST).ratio)
+    for step in [*together, *again]:
+        if not step["ended"]:  # or the pool no longer holds what the step did
+            assert (step["full"] + step["window"], step["summaries"]) == (step["held"] * memory.page_bytes, 0)
+    lengths = [len(prompt) + ANSWER - 1 for prompt in prompts]  # the last token is never written
+    assert together[-1]["dense_equivalent"] == -(-lengths[1] // PAGE) * memory.dense_bytes
+    assert together[-1]["freed"] - start["freed"] == sum(freed(memory, length + 1) for length in lengths)
+    hit = len(prompts[1]) // PAGE * PAGE
+    assert len(again) < len(together)  # the prompt's pages were found
+    assert again[-1]["freed"] - together[-1]["freed"] == freed(memory, lengths[1] + 1) - freed(memory, hit + 1)
+
+
+def freed(memory: Memory, length: int) -> int:
+    """Pages that the token of this position does not need, in all page tables."""
+    return sum(group.tables * group.span.freed_pages(length, PAGE) for group in memory.groups if group.span)
+
+
+def stepped(model: Path, policy: Policy, runs: list[list[list[int]]]) -> tuple[list[list[dict[str, float]]], str]:
+    """The script's numbers, and what the engine logged."""
+    engine: dict[str, Any] = {
+        "max_model_len": LONGEST,
+        "block_size": PAGE,
+        "num_gpu_blocks_override": BLOCKS,
+        "max_num_batched_tokens": CHUNK,
+        "async_scheduling": False,
+    }
+    asked = {"model": str(model), "policy": to_dict(policy), "engine": engine, "tokens": ANSWER, "runs": runs}
+    done = subprocess.run([sys.executable, SCRIPT], input=json.dumps(asked), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout), done.stderr
+
+
+def counted(policy: Policy, before: list[int], after: list[int]) -> tuple[dict[str, float], float, float]:
+    """Bytes by kind, pages freed and the gain, of a step."""
+    plans = policy.plans(SHAPE)
+    meter = Meter(policy, list(plans))
+    meter.set_memory(predict_memory(policy, plans, SHAPE, element_bytes=2), LONGEST)
+    gone = value("sparseserve_kv_pages_freed_total")
+    lengths = [torch.tensor(tokens, dtype=torch.int32) for tokens in (before, after)]
+    meter.count_rows(RowSplit(torch.empty(0), torch.empty(len(before)), 0, *lengths))
+    kinds = {kind: value("sparseserve_kv_bytes", kind=kind) for kind in KV_KINDS}
+    return kinds, value("sparseserve_kv_pages_freed_total") - gone, value("sparseserve_kv_capacity_gain")
+
+
+def value(name: str, **labels: str) -> float:
+    found = WORKER.get_sample_value(name, labels)
+    assert found is not None
+    return found
+
+
+def test_shared_pages_hold_everything_and_free_nothing() -> None:
+    dense = 24 * PAGE * 2 * 64 * 2
+    kinds, gone, gain = counted(Quest(), [0, 100, 1999], [64, 101, 2000])
+    assert kinds == {"full": 35 * dense, "window": 0, "summaries": 35 * dense / 32, "dense_equivalent": 35 * dense}
+    assert (gone, gain) == (0, pytest.approx(32 / 33))
+
+
+def test_windows_hold_less_and_say_what_left_them() -> None:
+    dense = 24 * PAGE * 2 * 64 * 2
+    policy = Streaming(sink_tokens=4, recent_tokens=252, min_tokens=0)
+    kinds, gone, gain = counted(policy, [256, 1023], [512, 1024])
+    span = Span(4, 252, 0.0, 0, 256)
+    assert kinds["full"] == kinds["summaries"] == 0
+    assert kinds["window"] == (8 + 16 - span.freed_pages(1024, PAGE)) * dense
+    assert kinds["dense_equivalent"] == 24 * dense
+    assert gone == span.freed_pages(513, PAGE) + span.freed_pages(1025, PAGE) - span.freed_pages(1024, PAGE) == 3 + 0
+    assert gain == pytest.approx(32 / 5)
