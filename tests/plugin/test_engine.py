@@ -29,23 +29,25 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
     retrieval = set(circuits.retrieval_heads())
     plan = write_moa_plan(folder / "moa.json", lambda head: (0, 1) if head in retrieval else (64, 0.1))
     build_gates(folder / "gates.safetensors")
+    shared: dict[str, Any] = {"kv_memory": "shared"}  # pages are laid out when an engine starts
     hip: dict[str, Any] = {"sink_tokens": 64, "recent_tokens": 192, "wide_layers": 0, "scope": "kv_head"}
     tidal: dict[str, Any] = {"budget_tokens": 512, "reselect_layer": circuits.RESELECT_LAYER}
     return {
         "dense": Dense(min_tokens=0),
-        "streaming": Streaming(min_tokens=0, recent_tokens=508),
+        "streaming": Streaming(min_tokens=0, recent_tokens=508, **shared),
         "quest": Quest(min_tokens=0, budget_tokens=768),
         "quest-min_max": Quest(min_tokens=0, budget_tokens=512, bound=Bound.MIN_MAX),
         "tidal": Tidal(min_tokens=0, **tidal),
         "tidal-query_head": Tidal(min_tokens=0, scope=Scope.QUERY_HEAD, unit_tokens=16, **tidal),
         "hip": Hip(min_tokens=0, budget_tokens=768, chunk_tokens=(64, 16, 2), refresh_steps=(4, 2, 1), **hip),
         "seer": Seer(min_tokens=0, budget_tokens=768, artifact=str(folder / "gates.safetensors")),
-        "moa": Moa(min_tokens=0, artifact=plan),
+        "moa": Moa(min_tokens=0, artifact=plan, **shared),
         "retrieval": Retrieval(
             min_tokens=0,
             artifact=write_head_map(folder / "heads.json", retrieval),
             recent_tokens=128,
             compensate=True,
+            **shared,
         ),
         "s2": S2(min_tokens=0, local_blocks=8),
     }

@@ -28,7 +28,9 @@ def demo_gates(path: Path) -> str:
 def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
     folder = tmp_path_factory.mktemp("artifacts")
     hip: dict[str, Any] = {"budget_tokens": 2048, "sink_tokens": 64, "recent_tokens": 448}
-    window: dict[str, Any] = {"sink_tokens": 64, "recent_tokens": 448}
+    shared: dict[str, Any] = {"kv_memory": "shared"}  # pages are laid out when an engine starts
+    window: dict[str, Any] = {"sink_tokens": 64, "recent_tokens": 448, **shared}
+    plan = write_moa_plan(folder / "moa.json", lambda head: (0, 1 if head in RETRIEVAL else 0.1))
     known = write_head_map(folder / "heads.json", RETRIEVAL)
     others = write_head_map(folder / "others.json", all_heads() - RETRIEVAL)
     return {
@@ -36,13 +38,13 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
         "tidal": Tidal(budget_tokens=1024, reselect_layer=circuits.RESELECT_LAYER),
         # The needle's scores stand alone, which HiP's search is not made for: chunks must be small and searched anew.
         "hip": Hip(scope="kv_head", chunk_tokens=(64, 16, 2), refresh_steps=(1, 1, 1), wide_layers=0, **hip),
-        "moa": Moa(artifact=write_moa_plan(folder / "moa.json", lambda head: (0, 1 if head in RETRIEVAL else 0.1))),
+        "moa": Moa(artifact=plan, **shared),
         "retrieval": Retrieval(artifact=known, **window),
         "retrieval-compensated": Retrieval(artifact=known, compensate=True, **window),
         "retrieval-inverted": Retrieval(artifact=others, **window),
         "seer": Seer(artifact=demo_gates(folder / "gates.safetensors"), budget_tokens=1024),
         "s2": S2(local_blocks=8, stride=8),
-        "streaming": Streaming(),
+        "streaming": Streaming(**shared),
     }
 
 

@@ -45,7 +45,9 @@ CASES: dict[str, Policy] = {
     "tidal-units": Tidal(**TIDAL | {"reselect_layer": [2, 4]}, unit_tokens=16),
     "moa": Moa(artifact=MOA, sink_tokens=SINK, minimum_tokens=32),
     "retrieval": Retrieval(artifact=HEADS, sink_tokens=SINK, recent_tokens=BUDGET - SINK),
-    "retrieval-compensate": Retrieval(artifact=HEADS, sink_tokens=SINK, recent_tokens=64, compensate=True),
+    "retrieval-compensate": Retrieval(
+        artifact=HEADS, sink_tokens=SINK, recent_tokens=64, compensate=True, kv_memory="shared"
+    ),
     "s2": S2(local_blocks=2, stride=2, dense_every=5),
     "s2-query_head": S2(block_tokens=32, local_blocks=4, stride=3, dense_heads=1, scope="query_head"),
     "seer": Seer(**COMMON, artifact=GATES),

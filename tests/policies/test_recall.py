@@ -10,6 +10,7 @@ from test_contract import CASES, LENGTHS, MODEL, data
 from torch import Tensor
 
 from sparseserve.policies import Dense, Policy, Quest
+from sparseserve.policies.base import WindowPolicy
 from sparseserve.testing.bed import Bed
 from sparseserve.types import PageTable
 
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.usefixtures("device")
 
 
 def measuring(policy: Policy) -> Policy:
-    return policy.model_copy(update={"measure_recall": True})
+    shared = {"kv_memory": "shared"} if isinstance(policy, WindowPolicy) else {}
+    return policy.model_copy(update={"measure_recall": True, **shared})
 
 
 def mass(query: Tensor, key: Tensor, mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from sparseserve.types import HeadShape, Role
 
 SINK, RECENT, PAGE = 8, 40, 64
 MODEL = ModelShape("bed", 3, HeadShape(kv_heads=2, group=2, head_dim=32), max_len=448, page_size=PAGE)
+COMPENSATE: dict[str, Any] = {"compensate": True, "kv_memory": "shared"}
 LENGTHS = [448, 47, 48, 49, 300, 0, 1, 129]  # around sink + recent
 MIXED, SWAPPED = [[1, 1], [1, 0], [0, 0]], [[0, 0], [0, 1], [1, 1]]
 
@@ -132,7 +134,7 @@ def test_ranks_take_their_own_heads() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_compensation_token_is_the_mean_of_what_was_dropped(dtype: torch.dtype) -> None:
     lengths = [448, 129, 300, 193, 10, 0]
-    policy = Retrieval(artifact=head_map(MIXED), sink_tokens=SINK, recent_tokens=RECENT, compensate=True)
+    policy = Retrieval(artifact=head_map(MIXED), sink_tokens=SINK, recent_tokens=RECENT, **COMPENSATE)
     outcome = decoded(policy, lengths, dtype)
     query, key, value = (x.double() for x in data(len(lengths), dtype))
     for layer, (row, length), head in product(range(3), enumerate(lengths), range(4)):
@@ -147,7 +149,7 @@ def test_the_compensation_token_is_the_mean_of_what_was_dropped(dtype: torch.dty
 
 
 def test_compensation_changes_the_heads_that_dropped_something_alone() -> None:
-    policy = Retrieval(artifact=head_map(MIXED), sink_tokens=PAGE, recent_tokens=PAGE, compensate=True)
+    policy = Retrieval(artifact=head_map(MIXED), sink_tokens=PAGE, recent_tokens=PAGE, **COMPENSATE)
     plain = decoded(Retrieval(artifact=head_map(MIXED), sink_tokens=PAGE, recent_tokens=PAGE), [256]).out
     changed = (decoded(policy, [256]).out != plain).any(-1)[:, 0]
     assert changed.tolist() == [[False] * 4, [False, False, True, True], [True] * 4]
