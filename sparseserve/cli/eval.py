@@ -31,7 +31,9 @@ def evaluate(
     depths: Annotated[str, typer.Option(metavar="X,...", help="Where answers stand, 0 to 1.")] = "0.1,0.5,0.9",
     samples: Annotated[int, typer.Option(metavar="N", help="Questions for each task, length and depth.")] = 10,
     text: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to measure bits per byte on.")] = None,
-    recall: Annotated[bool, typer.Option(help="Measure attention recall, in a second server per setting.")] = True,
+    recall: Annotated[
+        bool, typer.Option(help="Measure attention recall, in a second server per setting (kv_memory=shared).")
+    ] = True,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the questions.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Results.")] = Path("RESULTS.json"),
 ) -> None:

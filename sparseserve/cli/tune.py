@@ -109,6 +109,8 @@ def _show(tuning: Tuning, console: Console) -> None:
         table.add_row(one.name, *_numbers(one), style="bold" if one is tuning.verdict.chosen else None)
     table.add_row(f"{OWN}, again", *_numbers(tuning.again))
     console.print(table)
+    if any(one.recall_shared for one in tuning.judged):
+        console.print("recall (shared): measured with kv_memory=shared, where heads keep what recall is against")
     for name, why in tuning.untried.items():
         console.print(f"not measured: {name}: {why}", highlight=False, markup=False)
     chosen = tuning.verdict.chosen
@@ -122,5 +124,5 @@ def _numbers(one: Judged) -> list[str]:
         "" if one.ms_per_token is None else f"{one.ms_per_token:.1f}",
         "" if one.speedup is None else f"{one.speedup:.2f}x",
         f"{one.density:.1%}",
-        "" if one.recall is None else f"{min(one.recall):.3f}",
+        "" if one.recall is None else f"{min(one.recall):.3f}{' (shared)' if one.recall_shared else ''}",
     ]

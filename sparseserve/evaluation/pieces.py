@@ -26,8 +26,14 @@ class Piece:
 
     @property
     def served(self) -> Setting:
-        """What the server must run; measuring recall costs speed, so it gets a server of its own."""
-        return self.setting.with_pair("measure_recall=true") if self.kind == "recall" else self.setting
+        """What the server must run; measuring recall costs speed, so it gets a server of its own.
+
+        Recall is against all tokens of a row, which heads that free pages do not have.
+        """
+        if self.kind != "recall":
+            return self.setting
+        setting = self.setting.with_pair("kv_memory=shared") if self.setting.load().frees_pages else self.setting
+        return setting.with_pair("measure_recall=true")
 
 
 def pieces(request: Request) -> Iterator[Piece]:

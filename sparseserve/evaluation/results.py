@@ -32,7 +32,7 @@ class AtLength(_Record):
     density: float | None  # KV tokens attended / resident in decode steps, mean over query heads; None as below
     ms_per_token: float | None  # median over answers of the mean time from token to token, one request at a time
     timed_tokens: int  # so many times from token to token are in it
-    recall: list[float] | None  # [L], softmax mass that a layer's heads keep; None where the policy had no step
+    recall: list[float] | None  # [L], softmax mass that a layer's heads keep, with kv_memory=shared; None without steps
     bits_per_byte: float | None  # of the user's text through decoding; None without a text
     scored_bytes: int  # of that text
     command: str  # measures these numbers again

@@ -44,7 +44,7 @@ class Judged:
     ms_per_token: float | None  # at the longest length
     speedup: float | None  # baseline's time / this
     density: float  # share of the KV tokens read at the longest length
-    stored: float  # bytes of the cache per token, keys, values and summaries
+    stored: float  # bytes of the cache per token at the longest length, keys, values and summaries
     recall: list[float] | None  # [L] at the longest length
 
     @property
@@ -52,6 +52,11 @@ class Judged:
         """`quest budget_tokens=512`; of a file its name without the folder."""
         values = {key: Path(value).name if key == "artifact" else value for key, value in self.result.values.items()}
         return " ".join([self.result.policy, *(f"{key}={value}" for key, value in values.items())])
+
+    @property
+    def recall_shared(self) -> bool:
+        """Whether recall was measured with kv_memory=shared, because the setting frees what recall is against."""
+        return self.recall is not None and self.setting.load().frees_pages
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ def tune(asked: Asked, folder: Path, progress: Progress, evaluate: Evaluate = ev
     was measured tells which policy is best.
     """
     request = asked.request
-    stored, untried = fitting([OWN_ATTENTION, *request.settings], request.model, request.vllm)
+    stored, untried = fitting([OWN_ATTENTION, *request.settings], request.model, request.vllm, max(request.lengths))
     candidates = [setting for setting in request.settings if setting in stored]
     if not candidates:
         raise TuningError(*untried.values())

@@ -73,18 +73,17 @@ def judge(setting: Setting, result: SettingResult, baseline: SettingResult, stor
 
 
 def fitting(
-    settings: Sequence[Setting], model: str, vllm: Sequence[str]
+    settings: Sequence[Setting], model: str, vllm: Sequence[str], length: int
 ) -> tuple[dict[Setting, float], dict[str, str]]:
-    """Bytes that the cache stores per token, by setting, and why the other settings cannot be served."""
+    """Bytes that a row of `length` tokens stores per token, by setting, and why the others cannot be served."""
     stored, refused = {}, {}
     for setting in settings:
         try:
-            found = explain(find_policy(setting.policy, setting.pairs, {}), [model, *vllm], [])
+            found = explain(find_policy(setting.policy, setting.pairs, {}), [model, *vllm], [length])
         except SparseServeError as error:
             refused[str(setting)] = str(error)
         else:
-            per_token = found.kv_bytes + found.summary_bytes / found.model.page_size
-            stored[setting] = per_token * found.model.layers
+            stored[setting] = found.rows[0].stored.bytes / length
     return stored, refused
 
 

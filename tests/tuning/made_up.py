@@ -44,8 +44,16 @@ class Lab:
         assert at.ms_per_token is not None and before.ms_per_token is not None and at.density is not None
         speedup = before.ms_per_token / at.ms_per_token
         lost = loss(result, baseline)
+        pairs = tuple(f"{key}={value}" for key, value in result.values.items())
         return Judged(
-            Setting(policy=result.policy), result, lost, at.ms_per_token, speedup, at.density, stored, at.recall
+            Setting(policy=result.policy, pairs=pairs),
+            result,
+            lost,
+            at.ms_per_token,
+            speedup,
+            at.density,
+            stored,
+            at.recall,
         )
 
     def results(self, settings: list[SettingResult]) -> Results:

@@ -11,7 +11,8 @@ from made_up import Lab
 from sparseserve.config import read_policy_file
 from sparseserve.demo.build import build
 from sparseserve.errors import TuningError
-from sparseserve.evaluation.request import Request, settings
+from sparseserve.evaluation.pieces import Piece
+from sparseserve.evaluation.request import Request, Setting, settings
 from sparseserve.evaluation.results import Results
 from sparseserve.tuning.run import OWN_ATTENTION, Asked, Evaluate, tune, write_policy
 from sparseserve.tuning.search import budgets, families, with_budgets
@@ -72,6 +73,21 @@ def test_recall_is_measured_of_the_best_alone(model: str, lab: Lab, tmp_path: Pa
     servers = Servers(lab, {"quest": 1000})
     ask(model, "quest", [512, 1024, 2048], servers, tmp_path)
     assert [name for name, recall in servers.asked if recall] == ["quest:budget_tokens=1024"]
+
+
+def test_memory_takes_what_rows_store(model: str, lab: Lab, tmp_path: Path) -> None:
+    tuning = ask(model, "quest,streaming", [1024], Servers(lab, {}), tmp_path, objective="memory")
+    stored = {one.setting.policy: one.stored / tuning.baseline.stored for one in tuning.judged}
+    assert stored["quest"] == pytest.approx(1 + 1 / 32)
+    assert stored["streaming"] == pytest.approx(9 / 64)  # pages of 128 tokens
+    assert tuning.verdict.chosen is not None and tuning.verdict.chosen.setting.policy == "streaming"
+
+
+def test_recall_of_what_frees_pages_is_measured_with_all_of_them() -> None:
+    served = {policy: Piece("recall", Setting(policy=policy), 8192).served for policy in ("streaming", "quest")}
+    assert served["streaming"].values() == {"kv_memory": "shared", "measure_recall": True}
+    assert served["quest"].values() == {"measure_recall": True}
+    assert Piece("cell", Setting(policy="streaming"), 8192).served.load().frees_pages
 
 
 def test_the_policy_file_is_what_serve_reads(model: str, lab: Lab, tmp_path: Path) -> None:

@@ -75,6 +75,13 @@ def test_it_is_one_file_and_escapes_names(tuning: Tuning, tmp_path: Path) -> Non
     assert page.count("<svg") == 2 + 4 + 1 + 1  # two fronts, four grids, recall, one head map
 
 
+def test_it_says_which_recall_was_measured_without_freeing_pages(tuning: Tuning) -> None:
+    page = render(tuning)
+    assert page.count("(shared)") == 2 + 1 and "kv_memory=shared" in page  # streaming, retrieval, what it means
+    quest = replace(tuning, judged=tuning.judged[:1])
+    assert "shared" not in render(quest)
+
+
 def test_without_a_choice_it_says_so(tuning: Tuning) -> None:
     page = render(replace(tuning, verdict=Verdict(None, "no setting is faster")))
     assert "No recommendation" in page and "no setting is faster" in page
