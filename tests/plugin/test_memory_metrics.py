@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import subprocess
@@ -18,8 +19,9 @@ from sparseserve.demo.questions import ask
 from sparseserve.memory import Memory, predict_memory
 from sparseserve.plan import ModelShape
 from sparseserve.plugin.metadata import RowSplit
-from sparseserve.plugin.stats import KV_KINDS, WORKER, Meter
+from sparseserve.plugin.stats import KV_KINDS, WORKER, Meter, snapshot
 from sparseserve.policies import Policy, Quest, Retrieval, Streaming
+from sparseserve.server.metrics import WorkerMetrics
 from sparseserve.storage import Span
 from sparseserve.testing.plans import write_head_map
 from sparseserve.types import HeadShape
@@ -96,6 +98,22 @@ def test_shared_pages_hold_everything_and_free_nothing() -> None:
     kinds, gone, gain = counted(Quest(), [0, 100, 1999], [64, 101, 2000])
     assert kinds == {"full": 35 * dense, "window": 0, "summaries": 35 * dense / 32, "dense_equivalent": 35 * dense}
     assert (gone, gain) == (0, pytest.approx(32 / 33))
+
+
+class TwoWorkers:
+    """An engine of which two ranks say the same."""
+
+    async def collective_rpc(self, name: str) -> list[Any]:
+        return [snapshot(), snapshot()]
+
+
+def test_bytes_of_ranks_add_up_and_the_gain_is_one() -> None:
+    kinds, _, gain = counted(Streaming(), [4999], [5000])
+    metrics = WorkerMetrics()
+    asyncio.run(metrics.refresh(TwoWorkers()))
+    samples = {(s.name, s.labels.get("kind")): s.value for metric in metrics.collect() for s in metric.samples}
+    assert samples["sparseserve_kv_bytes", "window"] == 2 * kinds["window"] > 0
+    assert samples["sparseserve_kv_capacity_gain", None] == gain
 
 
 def test_windows_hold_less_and_say_what_left_them() -> None:
