@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -75,33 +77,44 @@ def needed(span: Span | None, processed: int, computed: int) -> set[int]:
 
 
 class Server:
-    """A scheduler and its worker; `budget` tokens a step."""
+    """A scheduler and its worker; `budget` tokens a step.
 
-    def __init__(self, spans: Spans, spare: int, budget: int, caching: bool) -> None:
+    With `ahead` the scheduler plans a step before it knows what the one before sampled (`--async-scheduling`).
+    """
+
+    def __init__(self, spans: Spans, spare: int, budget: int, caching: bool, ahead: bool) -> None:
         """`spare` blocks more than one row of the longest length needs."""
-        self.spans, config = spans, _config(budget, caching)
+        self.spans, config = spans, _config(budget, caching, ahead)
         specs = [spec(span, part) for part, span in enumerate(spans)]
         least = sum(-(-each.max_memory_usage_bytes(config) // each.page_size_bytes) for each in specs)
         self.blocks = config.cache_config.num_gpu_blocks = least + spare + 1
         structured = StructuredOutputManager(config)
-        self.scheduler = Scheduler(config, cache_config(spans, self.blocks), structured, PAGE)
+        kind = AsyncScheduler if ahead else Scheduler
+        self.scheduler = kind(config, cache_config(spans, self.blocks), structured, PAGE)
         self.manager = self.scheduler.kv_cache_manager
         self.pool = self.manager.block_pool
         self.worker = Worker(spans, self.blocks)
 
+        self.processed: dict[str, int] = {}  # tokens of a row that were through when its latest step was planned
+        self._ahead, self._steps = int(ahead), deque[tuple[SchedulerOutput, ModelRunnerOutput]]()
+
     def step(self) -> None:
-        """Schedule, compute, and give every row that is through with its tokens the next one."""
+        """Plan a step, compute it, and tell the scheduler of the latest that it may know of."""
         output = self.scheduler.schedule()
-        names = [*output.num_scheduled_tokens]
-        requests = self.scheduler.requests
-        self.worker.compute(output, {name: requests[name] for name in names})
-        sampled = [self.worker.sample(requests[name]) for name in names]
-        order = {name: row for row, name in enumerate(names)}
-        self.scheduler.update_from_output(output, ModelRunnerOutput(names, order, sampled))
+        rows = {name: self.scheduler.requests[name] for name in output.num_scheduled_tokens}
+        self.processed |= {name: row.num_computed_tokens - row.num_in_flight_tokens for name, row in rows.items()}
+        sampled = self.worker.compute(output, rows)
+        order = {name: index for index, name in enumerate(rows)}
+        self._steps.append((output, ModelRunnerOutput([*rows], order, [sampled[name] for name in rows])))
+        while len(self._steps) > (self._ahead if rows else 0):
+            planned, result = self._steps.popleft()
+            self.worker.told(result)
+            self.scheduler.update_from_output(planned, result)
 
 
-def _config(budget: int, caching: bool) -> VllmConfig:
+def _config(budget: int, caching: bool, ahead: bool) -> VllmConfig:
     _CONFIG.scheduler_config.max_num_batched_tokens = budget
+    _CONFIG.scheduler_config.async_scheduling = ahead
     _CONFIG.cache_config.enable_prefix_caching = caching
     return _CONFIG
 
@@ -109,7 +122,6 @@ def _config(budget: int, caching: bool) -> VllmConfig:
 def _made_config() -> VllmConfig:
     with TemporaryDirectory() as folder:
         config = vllm_config(Path(folder))
-    config.scheduler_config.async_scheduling = False
     config.scheduler_config.max_num_seqs = ROWS
     config.model_config.max_model_len = MAX_LEN
     config.cache_config.block_size = PAGE
@@ -128,35 +140,39 @@ class Worker:
     def __init__(self, spans: Spans, blocks: int) -> None:
         self.spans = spans
         self.tables: dict[str, list[list[int]]] = {}  # of every group
-        self.processed: dict[str, int] = {}  # tokens before a row's latest step
+        self.before: dict[str, int] = {}  # tokens before a row's latest step
+        self.sampled: dict[str, list[int]] = {}  # tokens that the scheduler has not been told of
         self.content = np.zeros((len(spans), blocks, PAGE), dtype=np.int64)  # what a group last wrote there
         self.owner = np.full(blocks, -1)  # the group that wrote to a block last
 
-    def compute(self, output: SchedulerOutput, requests: dict[str, Request]) -> None:
-        """Write the tokens of a step, then check that all which they may attend to are there."""
+    def compute(self, output: SchedulerOutput, rows: dict[str, Request]) -> dict[str, list[int]]:
+        """Write the tokens of a step, check that all which they may attend to are there, and sample the next ones."""
         self._take(output)
-        tokens = {name: known(request) for name, request in requests.items()}
+        tokens = {name: known([*row.all_token_ids, *self.sampled.get(name, [])]) for name, row in rows.items()}
         for name, count in output.num_scheduled_tokens.items():
-            self._write(name, np.arange(self.processed[name], self.processed[name] + count), tokens[name])
+            self._write(name, np.arange(self.before[name], self.before[name] + count), tokens[name])
         for name, count in output.num_scheduled_tokens.items():
             self._read(name, count, tokens[name])
+        return {name: self._sample(name, row.num_computed_tokens, tokens[name]) for name, row in rows.items()}
 
-    @staticmethod
-    def sample(request: Request) -> list[int]:
+    def told(self, result: ModelRunnerOutput) -> None:
+        """The scheduler learns what a step sampled."""
+        for name, tokens in zip(result.req_ids, result.sampled_token_ids, strict=True):
+            del self.sampled[name][: len(tokens)]
+
+    def _sample(self, name: str, computed: int, tokens: np.ndarray) -> list[int]:
         """The next token, if all before are computed; rows of the same tokens go on in the same way."""
-        return [int(known(request)[-1] % 7)] if request.num_computed_tokens == request.num_tokens else []
+        new = [int(tokens[-1] % 7)] if computed == len(tokens) else []
+        self.sampled.setdefault(name, []).extend(new)
+        return new
 
     def _take(self, output: SchedulerOutput) -> None:
         for new in output.scheduled_new_reqs:
-            self.tables[new.req_id], self.processed[new.req_id] = (
-                [[*ids] for ids in new.block_ids],
-                new.num_computed_tokens,
-            )
+            self.tables[new.req_id] = [[*ids] for ids in new.block_ids]
+            self.before[new.req_id] = new.num_computed_tokens
         cached = output.scheduled_cached_reqs
-        for name, new_ids, processed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            self.processed[name] = processed
+        for name, new_ids, before in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
+            self.before[name] = before
             if name in cached.resumed_req_ids:
                 self.tables[name] = [[] for _ in self.spans]
             for table, ids in zip(self.tables[name], new_ids or [[] for _ in self.spans], strict=True):
@@ -170,20 +186,20 @@ class Worker:
             self.owner[blocks] = group
 
     def _read(self, name: str, count: int, tokens: np.ndarray) -> None:
-        processed = self.processed[name]
+        before = self.before[name]
         for group, (span, table) in enumerate(zip(self.spans, self.tables[name], strict=True)):
-            sink, start = (0, 0) if span is None else (span.sink, span.start(processed + 1))
-            end = processed + count
+            sink, start = (0, 0) if span is None else (span.sink, span.start(before + 1))
+            end = before + count
             positions = np.array([*range(min(sink, start)), *range(start, end)])
             blocks = np.array(table)[positions // PAGE]
             there = (self.content[group, blocks, positions % PAGE] == tokens[positions]) & (self.owner[blocks] == group)
-            assert there.all(), f"{name}, group {group}: {positions[~there].tolist()} are gone at {processed} + {count}"
+            assert there.all(), f"{name}, group {group}: {positions[~there].tolist()} are gone at {before} + {count}"
 
 
-def known(request: Request) -> np.ndarray:
-    """What the tokens of a request [T] int64 are known by."""
+def known(tokens: Sequence[int]) -> np.ndarray:
+    """What tokens [T] int64 are known by."""
     names, last = [], 0
-    for token in request.all_token_ids:
+    for token in tokens:
         last = hash((last, token))
         names.append(last)
     return np.array(names, dtype=np.int64)

@@ -41,9 +41,10 @@ class Schedules(RuleBasedStateMachine):
         spare=st.integers(0, 40),
         budget=st.sampled_from([5, 16, 64]),
         caching=st.sampled_from([True, True, False]),
+        ahead=st.booleans(),
     )
-    def start(self, spans: list[Span | None], spare: int, budget: int, caching: bool) -> None:
-        self.server = Server(spans, spare, budget, caching)
+    def start(self, spans: list[Span | None], spare: int, budget: int, caching: bool, ahead: bool) -> None:
+        self.server, self.ahead = Server(spans, spare, budget, caching, ahead), ahead
         self.prompts: list[list[int]] = []
 
     @property
@@ -71,7 +72,7 @@ class Schedules(RuleBasedStateMachine):
         names = [*self.server.scheduler.requests]
         self.server.scheduler.finish_requests(names[index % len(names)], RequestStatus.FINISHED_ABORTED)
 
-    @precondition(lambda self: self.running)
+    @precondition(lambda self: self.running and not self.ahead)
     @rule()
     def preempt_all(self) -> None:
         self.server.scheduler.reset_prefix_cache(reset_running_requests=True)
@@ -79,7 +80,7 @@ class Schedules(RuleBasedStateMachine):
     @invariant()
     def pages_are_those_that_are_needed(self) -> None:
         for row in self.running:
-            processed = self.server.worker.processed[row.request_id]
+            processed = self.server.processed[row.request_id]
             for span, blocks in zip(self.server.spans, blocks_of(self.server.manager, row.request_id), strict=True):
                 assert held(blocks) == needed(span, processed, row.num_computed_tokens)
 
@@ -109,7 +110,7 @@ class Schedules(RuleBasedStateMachine):
     def shared_blocks_are_full_pages_of_the_same_tokens(self) -> None:
         pages = {}
         for row in self.running:
-            tokens = known(row)
+            tokens = known(row.all_token_ids)
             for group, blocks in enumerate(blocks_of(self.server.manager, row.request_id)):
                 for page in held(blocks):
                     end = (page + 1) * PAGE

@@ -214,29 +214,39 @@ STORED = {
 }
 
 
+def specs_of(groups: HeadGroups) -> dict[str, KVCacheSpec]:
+    """What the layers of a model of four heads ask vLLM for."""
+    model, spans = groups.model, groups.storage.spans
+    plain = FullAttentionSpec(
+        block_size=model.page_size, num_kv_heads=4, head_size=model.heads.head_dim, dtype=torch.bfloat16
+    )
+    layers: dict[str, KVCacheSpec] = {f"layer{layer}": groups.layers_spec(plain) for layer in range(model.layers)}
+    return layers | {f"group{number}": groups.group_spec(number) for number in range(1, len(spans))}
+
+
 @pytest.mark.parametrize("name", STORED)
 def test_vllm_makes_a_group_of_every_group(name: str, tmp_path: Path) -> None:
     layers, slots, spans = STORED[name]
-    dim, page = 16, 16
-    model = ModelShape("m", layers, HeadShape(4, 2, dim), 448, page)
+    model = ModelShape("m", layers, HeadShape(4, 2, head_dim=16), max_len=448, page_size=16)
     storage = Storage(slots, spans, torch.zeros(layers, 4, 2, dtype=torch.int32))
-    groups = HeadGroups(storage, model, torch.bfloat16, rows=2, device=torch.device("cpu"))
-    plain = FullAttentionSpec(block_size=page, num_kv_heads=4, head_size=dim, dtype=torch.bfloat16)
-    specs: dict[str, KVCacheSpec] = {f"layer{layer}": groups.layers_spec(plain) for layer in range(layers)}
-    specs |= {f"group{number}": groups.group_spec(number) for number in range(1, len(spans))}
+    specs = specs_of(HeadGroups(storage, model, torch.bfloat16, rows=2, device=torch.device("cpu")))
     config = vllm_config(tmp_path)
     config.cache_config.kv_cache_layout = KVCacheLayout.BLHNC.name
-    memory = 1 << 20
-    (made,) = get_kv_cache_configs(config, [specs], [memory])
+    config.scheduler_config.max_num_batched_tokens = 32
+    part = -(-slots * 32 // layers) * 2 * 16  # bytes of a layer's part of a page: 32 numbers a slot and token
+    block = layers * part
+    assert 0 <= block - slots * 32 * 2 * 16 < layers * 2 * 16
+    longest = sum(28 if span is None else span.pages(448, 16) + 3 for span in spans)  # 2 for a chunk, 1 for its start
+    with pytest.raises(ValueError, match="max seq len"):
+        get_kv_cache_configs(config, [specs], [longest * block])
+    (made,) = get_kv_cache_configs(config, [specs], [(longest + 1) * block])  # one is vLLM's null block
 
+    assert made.num_blocks == longest + 1
     named = [[f"layer{layer}" for layer in range(layers)], *([f"group{n}"] for n in range(1, len(spans)))]
     assert [group.layer_names for group in made.kv_cache_groups] == named
     kinds = [group.kv_cache_spec for group in made.kv_cache_groups]
     firsts = [kind.first_spec if isinstance(kind, UniformTypeKVCacheSpecs) else kind for kind in kinds]
     assert [getattr(first, "span", None) for first in firsts] == [*spans]
-    assert {first.block_size for first in firsts} == {page}
-    token = 2 * dim * 2  # bytes of a head's key and value
-    block = memory // made.num_blocks
-    assert 0 <= block - slots * page * token < layers * page * 2 + block / made.num_blocks
-    assert {tensor.block_stride for tensor in made.kv_cache_tensors} <= {made.kv_cache_tensors[0].block_stride}
-    assert all(tensor.offset == 0 and tensor.size <= memory for tensor in made.kv_cache_tensors)
+    tensors = made.kv_cache_tensors
+    assert {(tensor.offset, tensor.block_stride) for tensor in tensors} == {(0, block)}
+    assert tensors[0].layer_stride == part
