@@ -26,7 +26,7 @@ from sparseserve.storage import Span
 from sparseserve.testing.plans import write_head_map
 from sparseserve.types import HeadShape
 
-PAGE, LONGEST, BLOCKS, CHUNK, ANSWER = 64, 2048, 500, 256, 40
+PAGE, LONGEST, BLOCKS, CHUNK, ANSWER = 64, 2048, 500, 256, 70
 HEADS = HeadShape(circuits.KV_HEADS, circuits.GROUP, circuits.HEAD_DIM)
 SHAPE = ModelShape("demo", circuits.LAYERS, HEADS, LONGEST, PAGE)
 SCRIPT = Path(__file__).with_name("memory_metrics.py")
