@@ -28,8 +28,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from sparseserve.cache import cuda_views
 from sparseserve.decode import decode_layer
 from sparseserve.errors import UnsupportedError
-from sparseserve.plugin.cache import with_summaries
-from sparseserve.plugin.layers import SparseImpl, bind_layers, extended
+from sparseserve.plugin.grouped import GroupedHeads, GroupedStep, GroupedSteps
+from sparseserve.plugin.layers import SparseBackend, SparseImpl, bind_layers, extended
 from sparseserve.plugin.metadata import decode_rows, real_rows, rows_from, split_rows
 from sparseserve.plugin.settings import (
     CUDA_HEAD_SIZES,
@@ -45,12 +45,10 @@ from sparseserve.step import StepBuffers
 from sparseserve.types import HeadShape, NewTokens, PageTable, Step, on_device
 
 
-class SparseCUDABackend(FlashAttentionBackend):
+class SparseCUDABackend(SparseBackend, FlashAttentionBackend):
     """CUSTOM: FLASH_ATTN, with the policy of `additional_config["sparseserve"]` on decode rows."""
 
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
-    # vLLM asks the class for its spec outside of any config; the layers were built just before, within theirs.
-    policy: ClassVar[Policy | None] = None
 
     @staticmethod
     def get_name() -> str:
@@ -71,7 +69,9 @@ class SparseCUDABackend(FlashAttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """A run of memory for every page and head is read fastest; both leave the tails of pages to us."""
-        return KVCacheLayout.LBHNC, KVCacheLayout.LBNHC
+        if cls.groups is None:
+            return KVCacheLayout.LBHNC, KVCacheLayout.LBNHC
+        return super().supported_kv_cache_layouts()
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -92,10 +92,6 @@ class SparseCUDABackend(FlashAttentionBackend):
     @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return spec if cls.policy is None else with_summaries(spec, cls.policy)
 
 
 @dataclass
@@ -119,6 +115,7 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._policy: Policy | None = None
+        self._grouped: GroupedSteps | None = None
         if (policy := policy_of(vllm_config)) is not None:
             self.bind(policy)
 
@@ -139,16 +136,22 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
         runner = "V2" if config.use_v2_model_runner else "V1"
         self._meter = CudaMeter(policy, mine, len(plans), self.device, runner)
         bind_layers(config, self.kv_cache_spec, layers, mine, policy, heads, self._meter)
+        if groups := SparseCUDABackend.groups:
+            self._grouped = GroupedSteps(groups, policy, self._buffers, self._of_prompts)
+            for plan, layer in zip(mine, layers.values(), strict=True):
+                layer.impl.bind_heads(GroupedHeads(groups, plan.layer, self.device, memory.scratch))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> FlashAttentionMetadata:
+    ) -> FlashAttentionMetadata | GroupedStep:
         common = common_attn_metadata
         if self._policy is None:
             return super().build(common_prefix_len, common, fast_build)
         split = split_rows(real_rows(common), self._policy.dense_up_to)
         self._meter.report()
         self._meter.count_rows(split)
+        if self._grouped is not None:
+            return self._grouped.build(common)
         rows, any_long = decode_rows(common), bool(split.sparse.shape[0])
         # The runner may be about to replay a graph of decode rows, whatever is returned here.
         step = self._step(common, rows) if any_long or rows == common.num_reqs else None
@@ -158,11 +161,23 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
             SparseCUDAMetadata, super().build(common_prefix_len, common, fast_build), positions=common.positions
         )
 
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttentionMetadata:
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> FlashAttentionMetadata | GroupedStep:
         common = common_attn_metadata
+        if self._grouped is not None:
+            return self._grouped.build(common)
         if self._policy is None or decode_rows(common) < common.num_reqs:
             return super().build_for_cudagraph_capture(common)
         return self._metadata(common, self._step(common, common.num_reqs))
+
+    def _of_prompts(self, common: CommonAttentionMetadata, kv_heads: int) -> FlashAttentionMetadata:
+        """The parent's metadata, for any number of KV heads.
+
+        FA3 schedules for one number of heads, and vLLM keeps one such schedule of a batch; `fast_build` leaves it to
+        each layer's launch.
+        """
+        return super().build(0, common, fast_build=True)
 
     def _step(self, common: CommonAttentionMetadata, rows: int) -> Step:
         seq_lens = common.seq_lens[:rows]
@@ -203,6 +218,9 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
+        if self._heads is not None:
+            self._write_groups(layer, key, value, slot_mapping)
+            return
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         if self._policy is None or not self._summary_shape:
             return
@@ -223,7 +241,7 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
         key: Tensor,
         value: Tensor,
         kv_cache: Tensor,
-        attn_metadata: FlashAttentionMetadata | None,
+        attn_metadata: FlashAttentionMetadata | GroupedStep | None,
         output: Tensor,
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
@@ -232,6 +250,8 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
             # vLLM measures how much memory it must leave beside the KV cache.
             heads = HeadShape(self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_size)
             step_memory(self._config, self.backend.policy, heads, query.device)
+        if isinstance(attn_metadata, GroupedStep):
+            return self._forward_groups(layer, query, kv_cache, attn_metadata, output)
         step = getattr(attn_metadata, "step", None)
         if step is None:
             return super().forward(

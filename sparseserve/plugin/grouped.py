@@ -132,9 +132,9 @@ class GroupedHeads:
             for number, name in enumerate(groups.names)
             if (mine := storage.heads(layer, number))
         ]
-        full = [part for part in self.parts if storage.spans[part.number] is None]
-        windowed = [head for head in range(heads.kv_heads) if not full or head not in full[0].heads.kv.tolist()]
-        self.full = full[0] if full else None
+        full = storage.heads(layer, 0) if storage.spans[0] is None else []
+        windowed = [head for head in range(heads.kv_heads) if head not in full]
+        self.full = self.parts[0] if full else None
         self.windowed = Heads.of(windowed, heads.group, device) if windowed else None
 
     def attend_windows(self, prompt: Prompt, layer: SparseLayer, query: Tensor, out: Tensor) -> None:

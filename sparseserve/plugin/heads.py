@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -25,6 +24,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 
+from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.plan import ModelShape
 from sparseserve.plugin import poison
 from sparseserve.plugin.window_cache import SinkWindowSpec
@@ -32,15 +32,21 @@ from sparseserve.storage import Span, Storage
 
 
 class HeadGroups:
-    """The groups of one worker's KV heads."""
+    """The groups of one worker's KV heads.
+
+    Their page tables never move, so that captured graphs find them. They take 4 * R * rows * N bytes: 25 MB for 12
+    groups and 256 rows of 128k tokens on pages of 64.
+    """
 
     def __init__(
         self, storage: Storage, model: ModelShape, dtype: torch.dtype, rows: int, device: torch.device
     ) -> None:
         self.storage, self.model = storage, model
-        self.rows, self._dtype, self._device = rows, dtype, device
+        self.rows, self._dtype = rows, dtype
         self._layers: dict[str, Attention] = {}
         self.names: list[str] = []  # of every group's first layer
+        shape = len(storage.spans), rows, -(-model.max_len // model.page_size)
+        self.tables = torch.zeros(shape, dtype=torch.int32, device=device)  # [R, rows, N], of the latest batch
 
     def register(self, config: VllmConfig) -> None:
         """Put a layer for every group but the first beside the model's own layers, of which it takes note."""
@@ -51,7 +57,14 @@ class HeadGroups:
         context.update({name: GroupLayer(self, number) for number, name in enumerate(self.names) if number})
 
     def layers_spec(self, spec: AttentionSpec) -> AttentionSpec:
-        """What a layer of the model asks for: its part of the first group's page, which it does not use itself."""
+        """What a layer of the model asks for: its part of the first group's page, which it does not use itself.
+
+        UnsupportedError when vLLM gave pages another size after the groups were made.
+        """
+        if spec.block_size != self.model.page_size:
+            allowed = f"{spec.block_size}, which vLLM's attention asks for"
+            remedy = f"give --block-size {spec.block_size}"
+            raise UnsupportedError(Problem("--block-size", self.model.page_size, allowed, remedy=remedy))
         part = replace(spec, num_head_slots=1, state_content_bytes=self._part_bytes)
         return part if (span := self.storage.spans[0]) is None else self._window_spec(part, span, 0)
 
@@ -89,12 +102,6 @@ class HeadGroups:
             (first.shape[0], self.storage.slots, size, width), (first.stride(0), size * width, width, 1)
         )
 
-    @cached_property
-    def tables(self) -> Tensor:
-        """Page tables of every group [R, rows, N] int32, as the latest batch has them."""
-        shape = len(self.storage.spans), self.rows, -(-self.model.max_len // self.model.page_size)
-        return torch.zeros(shape, dtype=torch.int32, device=self._device)
-
     def keep_table(self, number: int, common: CommonAttentionMetadata) -> None:
         """Copy the batch's page table of a group to where kernels find those of all groups."""
         if number == 0 and poison.ENABLED:
@@ -124,6 +131,10 @@ class GroupBackend(AttentionBackend):
     @staticmethod
     def get_name() -> str:
         return "CUSTOM"
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        return True
 
     @staticmethod
     def get_impl_cls() -> type[AttentionImpl]:

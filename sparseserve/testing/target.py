@@ -139,7 +139,8 @@ def _with_room(name: str, op: Callable[..., None], scratch: Callable[..., Tensor
     def call(*arguments: Any) -> None:
         values = [*arguments, *[None] * (len(at) - len(arguments))]
         query = values[at["query"]]
-        values[at["scratch"]] = scratch(*query.shape, query.device)
+        if values[at["scratch"]] is None:
+            values[at["scratch"]] = scratch(*query.shape, query.device)
         if name == "search_blocks":
             values[at["scores"]] = query.new_empty((*values[at["count"]].shape, CHUNKS), dtype=torch.float32)
         op(*values)

@@ -13,14 +13,25 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.forward_context import ForwardContext, override_forward_context
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheTensor, create_kv_cache_views
+from vllm.v1.worker.gpu.attn_utils import (
+    build_attn_metadata,
+    build_slot_mappings_by_layer,
+    get_kv_cache_spec,
+    init_attn_backend,
+    init_kv_cache,
+)
 
 from sparseserve.config import to_dict
 from sparseserve.plan import ModelShape
-from sparseserve.plugin import backend_cuda
+from sparseserve.plugin import backend_cuda, layers
 from sparseserve.plugin.backend_cuda import SparseCUDABackend, SparseCUDABuilder
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape
@@ -52,7 +63,8 @@ def stand_in_for_flash_attention(patch: pytest.MonkeyPatch) -> None:
     """Plain torch in place of FlashAttention's two kernels, and no tensor parallelism."""
     patch.setattr(flash_attn, "reshape_and_cache_flash", _write, raising=False)
     patch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", _attend)
-    patch.setattr(backend_cuda, "get_tensor_model_parallel_rank", lambda: 0)
+    for module in (backend_cuda, layers):
+        patch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0)
 
 
 @dataclass
@@ -87,31 +99,28 @@ class Batch:
         )
 
 
+def attention_layers(config: VllmConfig, policy: Policy) -> list[Attention]:
+    """The attention layers of the model, served under `policy`."""
+    config.additional_config = {"sparseserve": to_dict(policy)}
+    config.compilation_config.static_forward_context.clear()
+    heads = HEADS.query_heads, HEADS.head_dim, HEADS.head_dim**-0.5, HEADS.kv_heads
+    names = [f"model.layers.{layer}.self_attn.attn" for layer in range(LAYERS)]
+    ours: dict[str, Any] = {"cache_config": config.cache_config, "attn_backend": SparseCUDABackend}
+    with set_current_vllm_config(config):
+        built = [Attention(*heads, prefix=name, **ours) for name in names]
+    for layer in built:
+        layer.impl.vllm_flash_attn_version = 3
+    return built
+
+
 class Worker:
     """The backend's layers and builder under `policy`, with vLLM's own views of a padded cache."""
 
     def __init__(
         self, config: VllmConfig, policy: Policy, layout: str = "LBHNC", device: str = "cpu", patch: Any = None
     ) -> None:
-        self.config = config
-        config.additional_config = {"sparseserve": to_dict(policy)}
-        config.compilation_config.static_forward_context.clear()
-        names = [f"model.layers.{layer}.self_attn.attn" for layer in range(LAYERS)]
-        with set_current_vllm_config(config):
-            self.layers = [
-                Attention(
-                    HEADS.query_heads,
-                    HEADS.head_dim,
-                    HEADS.head_dim**-0.5,
-                    HEADS.kv_heads,
-                    cache_config=config.cache_config,
-                    prefix=name,
-                    attn_backend=SparseCUDABackend,
-                )
-                for name in names
-            ]
-        for layer in self.layers:
-            layer.impl.vllm_flash_attn_version = 3
+        self.config, self.layers = config, attention_layers(config, policy)
+        names = [layer.layer_name for layer in self.layers]
         plain = FullAttentionSpec(
             block_size=PAGE, num_kv_heads=HEADS.kv_heads, head_size=HEADS.head_dim, dtype=torch.bfloat16
         )
@@ -135,6 +144,79 @@ class Worker:
         module = self.layers[layer]
         out = torch.full_like(query, torch.nan)
         return module.impl.forward(module, query, key, value, self.caches[layer], metadata, out)
+
+
+class GroupedWorker:
+    """A worker whose heads are stored in groups, built by the functions of vLLM's runner V2.
+
+    Its scheduler never reuses a page: row `row` of group `number` has the pages `tables[number, row]`.
+    """
+
+    def __init__(self, config: VllmConfig, policy: Policy, device: str = "cpu") -> None:
+        self.config, self.device = config, torch.device(device)
+        config.device_config.device = self.device
+        self.layers = attention_layers(config, policy)
+        for layer in self.layers:
+            layer.process_weights_after_loading(torch.bfloat16)
+        assert SparseCUDABackend.groups is not None
+        self.groups = SparseCUDABackend.groups
+        cache, self.context = config.cache_config, config.compilation_config.static_forward_context
+        backends = dict.fromkeys(layer.get_attn_backend() for layer in self.context.values())
+        cache.kv_cache_layout = get_supported_kv_cache_layouts(backends)[0].name
+        shape = self.groups.tables.shape
+        cache.num_gpu_blocks_override = shape.numel() + 1
+        self.tables = 1 + torch.randperm(shape.numel(), generator=torch.Generator().manual_seed(5)).view(shape).int()
+        self.kv = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, get_kv_cache_spec(config)), 0)
+        cache.num_gpu_blocks = self.kv.num_blocks
+        self.attention, self.graphs, sizes = init_attn_backend(self.kv, config, self.device)
+        init_kv_cache(self.context, self.kv, self.device, sizes, config)
+        self.numbers = [self.groups.names.index(group.layer_names[0]) for group in self.kv.kv_cache_groups]
+
+    def build(self, batch: Batch, rows: list[int], capture: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Metadata and slots of every layer for a batch of `rows`, as runner V2 makes them."""
+        tables = torch.nn.functional.pad(self.tables[:, rows], (0, 0, 0, batch.padding))
+        parts = [batch.metadata(tables[number], self.device.type) for number in self.numbers]
+        common, slots = parts[0], torch.stack([part.slot_mapping for part in parts])
+        metadata = build_attn_metadata(
+            attn_groups=self.attention,
+            num_reqs=common.num_reqs,
+            num_tokens=common.num_actual_tokens,
+            query_start_loc_gpu=common.query_start_loc,
+            query_start_loc_cpu=common.query_start_loc_cpu,
+            max_query_len=common.max_query_len,
+            seq_lens=common.seq_lens,
+            max_seq_len=MAX_LEN if capture else common.max_seq_len,
+            block_tables=[part.block_table_tensor for part in parts],
+            slot_mappings=slots,
+            kv_cache_config=self.kv,
+            seq_lens_cpu_upper_bound=common.seq_lens_cpu_upper_bound,
+            positions=common.positions,
+            is_prefilling=common.is_prefilling,
+            for_cudagraph_capture=capture,
+        )
+        return metadata, build_slot_mappings_by_layer(slots, self.kv)
+
+    def write(self, slots: dict[str, Tensor], key: Tensor, value: Tensor) -> None:
+        """Write key and value [L, T, H, D] and attend to nothing."""
+        with override_forward_context(ForwardContext(self.context, {}, slots)):
+            for layer, *new in zip(self.layers, key, value, strict=True):
+                layer.impl.do_kv_cache_update(layer, *new, layer.kv_cache, slots[layer.layer_name])
+
+    def run(self, metadata: Any, slots: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One pass of query [L, T, Hq, D], key and value [L, T, H, D]; memory for the output is full of NaN."""
+        output = torch.full_like(query, torch.nan)
+        with override_forward_context(ForwardContext(self.context, metadata, slots)):
+            for layer, mine, *new, out in zip(self.layers, query, key, value, output, strict=True):
+                unified_kv_cache_update(*new, layer.layer_name)
+                unified_attention_with_output(mine, *new, out, layer.layer_name)
+        return output
+
+    def spoil(self, row: int, length: int) -> None:
+        """Fill the pages that a row frees once it has `length` tokens."""
+        for number, span in enumerate(self.groups.storage.spans):
+            if span is not None:
+                first, end = span.sink_pages(PAGE), span.start(length + 1) // PAGE
+                self.groups.pages[self.tables[number, row, first:end].long()] = torch.nan
 
 
 def model_shape() -> ModelShape:

@@ -45,7 +45,7 @@ COMMON: dict[str, Any] = {"budget_tokens": 128, "sink_tokens": 16, "recent_token
 HIP: dict[str, Any] = {"chunk_tokens": (32, 16, 8), "stage_tokens": (256, 128), "wide_layers": 0}
 POLICIES: dict[str, Policy] = {
     "dense": Dense(min_tokens=200),
-    "streaming": Streaming(sink_tokens=16, recent_tokens=112, min_tokens=200),
+    "streaming": Streaming(sink_tokens=16, recent_tokens=112, min_tokens=200, kv_memory="shared"),
     "quest": Quest(**COMMON, dense_layers=1),
     "quest-recall": Quest(**COMMON, dense_layers=1, measure_recall=True),
     "tidal": Tidal(**COMMON, select_layer=1, reselect_layer=1),
@@ -228,7 +228,7 @@ def test_scratch_serves_steps_of_any_number_of_rows(layout: str) -> None:
         chosen, out = step.everything, torch.empty_like(query[0, :rows])
         torch.ops.sparseserve_simulator.attend(
             *(query[0, :rows], kv.key, kv.value, bed.pages[:rows], lengths, chosen.spans, chosen.units, chosen.count),
-            *(chosen.unit_tokens, 0.125, out, step.lse, step.attended_dense[0], step.scratch),
+            *(chosen.unit_tokens, 0.125, out, step.lse, step.attended_dense[0], None, step.scratch),
         )
         assert torch.equal(out, bed.decode(query).out[0, :rows])
 
@@ -317,7 +317,7 @@ def test_a_policy_that_needs_the_host_is_refused(start: Callable[..., Worker], t
     heads = tmp_path / "heads.json"
     heads.write_text('{"0": [0], "1": [], "2": []}')
     with pytest.raises(UnsupportedError, match="compensate = True .*--set compensate=false"):
-        start(Retrieval(artifact=str(heads), compensate=True))
+        start(Retrieval(artifact=str(heads), compensate=True, kv_memory="shared"))
 
 
 def test_vllm_refuses_what_the_backend_does_not_declare() -> None:
