@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,7 +50,7 @@ def cache_config(spans: Spans, blocks: int) -> KVCacheConfig:
     return KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
-def cache(spans: Spans, blocks: int = 200, in_flight: int = MAX_LEN, caching: bool = True) -> KVCacheManager:
+def page_manager(spans: Spans, blocks: int = 200, in_flight: int = MAX_LEN, caching: bool = True) -> KVCacheManager:
     """vLLM's manager of the pages of all groups."""
     return KVCacheManager(cache_config(spans, blocks), MAX_LEN, PAGE, PAGE, in_flight, enable_caching=caching)
 
@@ -113,22 +114,21 @@ class Server:
 
 
 def _config(budget: int, caching: bool, ahead: bool) -> VllmConfig:
-    _CONFIG.scheduler_config.max_num_batched_tokens = budget
-    _CONFIG.scheduler_config.async_scheduling = ahead
-    _CONFIG.cache_config.enable_prefix_caching = caching
-    return _CONFIG
+    config = _small_config()
+    config.scheduler_config.max_num_batched_tokens = budget
+    config.scheduler_config.async_scheduling = ahead
+    config.cache_config.enable_prefix_caching = caching
+    return config
 
 
-def _made_config() -> VllmConfig:
+@cache
+def _small_config() -> VllmConfig:
     with TemporaryDirectory() as folder:
         config = vllm_config(Path(folder))
     config.scheduler_config.max_num_seqs = ROWS
     config.model_config.max_model_len = MAX_LEN
     config.cache_config.block_size = PAGE
     return config
-
-
-_CONFIG = _made_config()
 
 
 class Worker:

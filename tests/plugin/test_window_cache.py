@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 from cuda_worker import vllm_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduling import MAX_LEN, PAGE, blocks_of, cache, cache_config, held, request, spec
+from scheduling import MAX_LEN, PAGE, blocks_of, cache_config, held, page_manager, request, spec
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheSpec, UniformTypeKVCacheSpecs
@@ -54,7 +54,7 @@ def computed(manager: KVCacheManager, name: str, prompt: Sequence[int], chunk: i
 
 
 def test_what_is_between_sink_and_window_is_freed() -> None:
-    manager = cache([None, SHORT])
+    manager = page_manager([None, SHORT])
     row = request("row", range(41))
     steps = [(12, range(3)), (9, range(6)), (3, [0, 1, 3, 4, 5]), (1, [0, 1, 4, 5, 6]), (16, [0, 1, 4, *range(5, 11)])]
     for tokens, pages in steps:
@@ -66,7 +66,7 @@ def test_what_is_between_sink_and_window_is_freed() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 3, 8, 40])
 def test_chunks_of_any_size_leave_the_same_pages(chunk: int) -> None:
-    manager = cache([None, SHORT, LONG])
+    manager = page_manager([None, SHORT, LONG])
     row = computed(manager, "row", range(80), chunk)
     row.append_output_token_ids(7)
     assert advance(manager, row, 1)
@@ -75,7 +75,7 @@ def test_chunks_of_any_size_leave_the_same_pages(chunk: int) -> None:
 
 
 def test_short_rows_keep_everything() -> None:
-    manager = cache([replace(SHORT, dense_up_to=30)])
+    manager = page_manager([replace(SHORT, dense_up_to=30)])
     row = computed(manager, "row", range(30), 4)
     assert held(blocks_of(manager, "row")[0]) == {*range(8)}
     row.append_output_token_ids(7)
@@ -84,7 +84,7 @@ def test_short_rows_keep_everything() -> None:
 
 
 def test_a_prefix_has_the_sink_and_the_window_that_the_next_token_needs() -> None:
-    manager = cache([None, SHORT, LONG])
+    manager = page_manager([None, SHORT, LONG])
     computed(manager, "first", PROMPT)
     first = blocks_of(manager, "first")
     hit, tokens, _ = manager.get_computed_blocks(request("second", PROMPT))
@@ -110,7 +110,7 @@ def test_a_prefix_has_the_sink_and_the_window_that_the_next_token_needs() -> Non
     ],
 )
 def test_a_page_that_is_gone_makes_the_prefix_shorter(group: int, page: int, tokens: int) -> None:
-    manager = cache([None, SHORT, LONG])
+    manager = page_manager([None, SHORT, LONG])
     computed(manager, "first", PROMPT)
     manager.evict_blocks({blocks_of(manager, "first")[group][page].block_id})
     hit, found, _ = manager.get_computed_blocks(request("second", PROMPT))
@@ -119,7 +119,7 @@ def test_a_page_that_is_gone_makes_the_prefix_shorter(group: int, page: int, tok
 
 
 def test_pages_that_a_window_freed_still_serve_shorter_prefixes() -> None:
-    manager = cache([None, SHORT])
+    manager = page_manager([None, SHORT])
     computed(manager, "first", range(80), 8)
     hit, tokens, _ = manager.get_computed_blocks(request("second", PROMPT))
     assert tokens == 40 and all(block.ref_cnt == 0 for block in hit.blocks[1][8:])
@@ -127,7 +127,7 @@ def test_pages_that_a_window_freed_still_serve_shorter_prefixes() -> None:
 
 @pytest.mark.parametrize("spans", [[SHORT], [SHORT, LONG], [None, SHORT, SHORT]], ids=len)
 def test_a_prefix_without_full_heads_or_in_two_parts(spans: list[Span | None]) -> None:
-    manager = cache(spans)
+    manager = page_manager(spans)
     computed(manager, "first", PROMPT)
     assert manager.get_computed_blocks(request("second", PROMPT))[1] == 40
     last = blocks_of(manager, "first")[-1][9]
@@ -136,7 +136,7 @@ def test_a_prefix_without_full_heads_or_in_two_parts(spans: list[Span | None]) -
 
 
 def test_a_prefix_that_is_used_goes_on_like_a_row_of_its_own() -> None:
-    manager = cache([None, SHORT, LONG])
+    manager = page_manager([None, SHORT, LONG])
     computed(manager, "first", PROMPT)
     row = request("second", [*PROMPT[:33], *range(500, 530)])
     assert advance(manager, row, 3) and row.num_computed_tokens == 35
@@ -148,7 +148,7 @@ def test_a_prefix_that_is_used_goes_on_like_a_row_of_its_own() -> None:
 
 @pytest.mark.parametrize("ending", ["cancelled", "preempted"])
 def test_a_row_that_goes_leaves_nothing(ending: str) -> None:
-    manager = cache([None, SHORT, LONG], caching=ending == "preempted")
+    manager = page_manager([None, SHORT, LONG], caching=ending == "preempted")
     free = manager.block_pool.get_num_free_blocks()
     row = request("row", PROMPT)
     for tokens in (20, 8) if ending == "cancelled" else (41,):
@@ -174,7 +174,7 @@ SPANS = st.builds(
 @settings(max_examples=150, deadline=None)
 def test_no_row_holds_more_than_it_is_counted_for(span: Span, chunk: int) -> None:
     most = spec(span, 0).max_admission_blocks_per_request(chunk, MAX_LEN)
-    manager = cache([span], most + 1, in_flight=chunk)
+    manager = page_manager([span], most + 1, in_flight=chunk)
     assert manager.coordinator.single_type_managers[0].max_admission_blocks_per_request == most
     row = request("row", range(MAX_LEN))
     while row.num_computed_tokens < row.num_tokens:
@@ -185,8 +185,8 @@ def test_no_row_holds_more_than_it_is_counted_for(span: Span, chunk: int) -> Non
 def test_a_row_is_let_in_when_what_it_holds_at_a_time_has_room() -> None:
     most = spec(SHORT, 0).max_admission_blocks_per_request(8, MAX_LEN)
     assert most == 7 < MAX_LEN // PAGE  # two of the sink, two of the window, two of the chunk, one more
-    assert not advance(cache([SHORT], most, in_flight=8), request("row", range(MAX_LEN)), 8)
-    computed(cache([SHORT], most + 1, in_flight=8), "row", range(MAX_LEN), 8)
+    assert not advance(page_manager([SHORT], most, in_flight=8), request("row", range(MAX_LEN)), 8)
+    computed(page_manager([SHORT], most + 1, in_flight=8), "row", range(MAX_LEN), 8)
 
 
 def test_specs_travel_between_processes() -> None:
