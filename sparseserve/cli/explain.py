@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sparseserve.errors import ConfigError
 
@@ -140,10 +140,10 @@ def _print(explained: dict[str, Any]) -> None:
 
 def _stored(rows: list[dict[str, Any]]) -> Table:
     """What rows store, by the heads that keep the same."""
-    table = Table("context", "KV heads", "keep", "pages", "empty slots", "stored", "less than dense")
-    table.title = "what one row stores"
-    for name in ("KV heads", "pages", "empty slots", "stored", "less than dense"):
-        next(column for column in table.columns if column.header == name).justify = "right"
+    heads, *numbers = (
+        Column(name, justify="right") for name in ("KV heads", "pages", "empty slots", "stored", "less than dense")
+    )
+    table = Table("context", heads, "keep", *numbers, title="what one row stores")
     for row in rows:
         for group in row["groups"]:
             window = group["first_and_last_tokens"]
@@ -152,9 +152,9 @@ def _stored(rows: list[dict[str, Any]]) -> Table:
             table.add_row(
                 str(row["length"]), str(group["kv_heads"]), keep, str(group["pages"]), empty, _size(group["bytes"]), ""
             )
-        heads, pages = (str(sum(group[key] for group in row["groups"])) for key in ("kv_heads", "pages"))
+        all_heads, pages = (str(sum(group[key] for group in row["groups"])) for key in ("kv_heads", "pages"))
         ratio = f"{row['ratio_to_dense']:.2f}x"
-        table.add_row(str(row["length"]), heads, "all", pages, "", _size(row["bytes"]), ratio, style="bold")
+        table.add_row(str(row["length"]), all_heads, "all", pages, "", _size(row["bytes"]), ratio, style="bold")
         table.add_section()
     return table
 
@@ -164,8 +164,8 @@ def _per_head_notes(explained: dict[str, Any]) -> list[str]:
     return [
         f"Memory: a page has {memory['page_slots']} slots, each {page} tokens of one KV head: "
         f"{_size(memory['page_bytes'])}.",
-        f"Windows that were rounded up and empty slots cost {longest['rounding_cost']:.1%} over what the heads need by "
-        f"themselves at {longest['length']} tokens.",
+        f"Windows that were rounded up, empty slots and padding cost {longest['rounding_cost']:.1%} over what the heads "
+        f"need by themselves at {longest['length']} tokens.",
         f"Rows of up to {explained['dense_up_to']} tokens attend to everything and keep it.",
     ]
 
