@@ -164,7 +164,7 @@ def _per_head_notes(explained: dict[str, Any]) -> list[str]:
     return [
         f"Memory: a page has {memory['page_slots']} slots, each {page} tokens of one KV head: "
         f"{_size(memory['page_bytes'])}.",
-        f"Windows that were rounded up, empty slots and padding cost {longest['rounding_cost']:.1%} over what the heads "
+        f"Windows that were rounded up, empty slots and padding cost {longest['rounding_cost']:.1%} over what heads "
         f"need by themselves at {longest['length']} tokens.",
         f"Rows of up to {explained['dense_up_to']} tokens attend to everything and keep it.",
     ]
