@@ -36,7 +36,7 @@ def deep_model(path: Path, layers: int) -> None:
 
 
 def policies(folder: Path, layers: int) -> dict[str, Policy]:
-    """What is measured; artifacts are written to `folder`."""
+    """What is measured, in engines whose policy is exchanged; artifacts are written to `folder`."""
     draw = random.Random(0)
     known = set(circuits.retrieval_heads())
     others = sorted(all_heads(layers) - known)
@@ -47,7 +47,7 @@ def policies(folder: Path, layers: int) -> dict[str, Policy]:
     large = {"budget_tokens": LARGE_BUDGET}
     return {
         "dense": Dense(),
-        "streaming": Streaming(sink_tokens=4, recent_tokens=BUDGET - 4),
+        "streaming": Streaming(sink_tokens=4, recent_tokens=BUDGET - 4, kv_memory="shared"),
         "quest": Quest(budget_tokens=BUDGET),
         "quest, no dense layers": Quest(budget_tokens=BUDGET, dense_layers=0),
         "tidal": Tidal(**tidal),
@@ -57,8 +57,8 @@ def policies(folder: Path, layers: int) -> dict[str, Policy]:
         "hip, 2048": Hip(**large, sink_tokens=128, recent_tokens=512, wide_layers=0),
         "seer, 2048": Seer(**large, artifact=str(folder / "gates.safetensors")),
         "s2, 2048": S2(local_blocks=16, stride=32),
-        "moa": Moa(artifact=write_moa_plan(folder / "moa.json", spans.__getitem__, layers)),
-        "retrieval": Retrieval(artifact=write_head_map(folder / "heads.json", half, layers)),
+        "moa": Moa(artifact=write_moa_plan(folder / "moa.json", spans.__getitem__, layers), kv_memory="shared"),
+        "retrieval": Retrieval(artifact=write_head_map(folder / "heads.json", half, layers), kv_memory="shared"),
     }
 
 

@@ -16,8 +16,11 @@ def rebind(worker: Any, policy: Policy, pages: Sequence[int] = ()) -> None:
 
     The engine must have been started with a policy whose pages have room for the summaries of this one. Summaries of
     cached pages are those of the policy before: reset the prefix cache, or name in `pages` the full pages of a row, in
-    order, whose summaries are to be rebuilt from their keys and values.
+    order, whose summaries are to be rebuilt from their keys and values. Heads get their pages when an engine starts:
+    ValueError for a policy that frees some.
     """
+    if policy.frees_pages:
+        raise ValueError("the pages of heads cannot be exchanged in a running engine; give kv_memory=shared")
     layers = worker.model_runner.compilation_config.static_forward_context
     for groups in worker.model_runner.attn_groups:
         for group in groups:
