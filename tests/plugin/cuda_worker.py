@@ -166,10 +166,15 @@ class GroupedWorker:
         shape = self.groups.tables.shape
         cache.num_gpu_blocks_override = shape.numel() + 1
         self.tables = 1 + torch.randperm(shape.numel(), generator=torch.Generator().manual_seed(5)).view(shape).int()
-        self.kv = get_kv_cache_config_from_groups(config, get_kv_cache_groups(config, get_kv_cache_spec(config)), 0)
-        cache.num_gpu_blocks = self.kv.num_blocks
-        self.attention, self.graphs, sizes = init_attn_backend(self.kv, config, self.device)
-        init_kv_cache(self.context, self.kv, self.device, sizes, config)
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Allocate the pages and make the builders, as vLLM does once to profile its graphs and once to serve."""
+        groups = get_kv_cache_groups(self.config, get_kv_cache_spec(self.config))
+        self.kv = get_kv_cache_config_from_groups(self.config, groups, 0)
+        self.config.cache_config.num_gpu_blocks = self.kv.num_blocks
+        self.attention, self.graphs, sizes = init_attn_backend(self.kv, self.config, self.device)
+        init_kv_cache(self.context, self.kv, self.device, sizes, self.config)
         self.numbers = [self.groups.names.index(group.layer_names[0]) for group in self.kv.kv_cache_groups]
 
     def build(self, batch: Batch, rows: list[int], capture: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 from cuda_worker import LAYERS, MAX_LEN, PAGE, Batch, GroupedWorker, model_shape, stand_in_for_flash_attention
 from cuda_worker import vllm_config as config_of
 from vllm.config import VllmConfig
+from vllm.v1.worker.utils import clear_layer_kv_caches
 from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager, reset_workspace_manager
 
 from sparseserve import ops
@@ -217,6 +218,18 @@ def test_what_a_step_leaves_does_not_reach_the_next(
     step(used, tokens, Batch([150, 40], [1, 40], [False, True]), [3, 4])
     last = Batch([448, 300, 20], [1, 1, 20], [False, False, True]), [1, 2, 4]
     assert torch.equal(step(fresh, tokens, *last), step(used, tokens, *last))
+
+
+def test_pages_can_be_allocated_anew(
+    start: Start, simulator: None, tokens: tuple[Tensor, ...], policies: dict[str, Policy]
+) -> None:
+    """vLLM profiles its graphs on pages that it throws away."""
+    worker = filled(start(policies["moa"]), tokens, ALL)
+    step(worker, tokens, DECODE, ALL, capture=True)
+    clear_layer_kv_caches(worker.context.values())
+    worker.allocate()
+    out = step(filled(worker, tokens, ALL), tokens, DECODE, ALL)
+    assert torch.equal(out[:, : len(LENGTHS)], expected_decode(policies["moa"], tokens))
 
 
 @pytest.mark.parametrize("batch", [DECODE, Batch(LENGTHS, [1, 1, 1, 50, 20], [False] * 3 + [True] * 2)], ids=str)
