@@ -20,6 +20,7 @@ from sparseserve.types import LayerPlan
 
 MAX_CLASSES = 3  # spans that windows are rounded up to
 MAX_GROUPS = 12  # page tables of a row
+MAX_CUTS = 32  # places between windows of different sizes that the search for classes tries
 EPSILON = 1e-6  # tokens; a class is never shorter than a window because of how numbers are rounded
 
 
@@ -162,9 +163,9 @@ def _cheapest(full: Sequence[_Head], windowed: Sequence[_Head], model: ModelShap
     """The packing of which the longest row takes least; `windowed` ascends. `full` heads share a group."""
     most = _load(full, model.ranks)
     ends = [i for i, (head, later) in enumerate(pairwise(windowed), 1) if head.kept != later.kept] + [len(windowed)]
-    loads = {
-        (begin, end): _load(windowed[begin:end], model.ranks) for end in ends for begin in [0, *ends] if begin < end
-    }
+    ends = ends[::-1][:: -(-len(ends) // MAX_CUTS)][::-1]
+    runs = [(begin, end) for end in ends for begin in [0, *ends] if begin < end]
+    loads = {(begin, end): _load(windowed[begin:end], model.ranks) for begin, end in runs}
     packings = []
     for slots in range(max(most, 1), max(most, _load(windowed, model.ranks)) + 1):
         start = _Packing(slots * model.max_len, 1, slots, (0,)) if full else _Packing(0, 0, slots, (0,))
