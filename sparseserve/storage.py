@@ -68,6 +68,11 @@ class Storage:
         """KV heads of a layer in a group, ascending; their slots are consecutive."""
         return (self.places[layer, :, 0] == group).nonzero().flatten().tolist()
 
+    def slots_of(self, layer: int, heads: Sequence[int]) -> slice:
+        """The slots of a layer's heads in a group."""
+        first = int(self.places[layer, heads[0], 1]) if heads else 0
+        return slice(first, first + len(heads))
+
     def group_heads(self, group: int) -> int:
         """KV heads of all layers in a group."""
         return int((self.places[..., 0] == group).sum())

@@ -155,6 +155,15 @@ inline const int32_t* places_of(const Tensor& places, int64_t tables, int64_t sl
   return place;
 }
 
+// Numbers [T, H, D] to be written.
+inline TokenRows token_rows_of(const Tensor& x, const char* name, int64_t tokens, int64_t heads, const Tensor& pool) {
+  check_shape(x, name, {tokens, heads, pool.size(3)});
+  check_type(x, name, pool.scalar_type());
+  check_stride(x, name, 2, 1);
+  check_aligned(x, name);
+  return {x.const_data_ptr(), x.stride(0), x.stride(1)};
+}
+
 inline Cache key_cache(const Tensor& key, const Query& query, const Tensor& pages, const Tensor& seq_lens,
                        const std::optional<Tensor>& places = {}) {
   const Pool keys = keys_of(key);
@@ -165,16 +174,21 @@ inline Cache key_cache(const Tensor& key, const Query& query, const Tensor& page
           places ? places_of(*places, pages.size(0), key.size(1)) : nullptr};
 }
 
-inline Cache kv_cache(const Tensor& key, const Tensor& value, const Query& query, const Tensor& pages,
-               const Tensor& seq_lens, const std::optional<Tensor>& places) {
-  Cache cache = key_cache(key, query, pages, seq_lens, places);
+// The values [M, S, P, D] of a pool with these keys.
+inline Pool values_of(const Tensor& value, const Tensor& key) {
   check_shape(value, "value", {key.size(0), key.size(1), key.size(2), key.size(3)});
-  STD_TORCH_CHECK(dtype_of(value, "value") == query.dtype, "query and value must have the same dtype");
-  if (kTransposedKeys) check_stride(value, "value", 2, query.head_dim);
+  STD_TORCH_CHECK(value.scalar_type() == key.scalar_type(), "key and value must have the same dtype");
+  if (kTransposedKeys) check_stride(value, "value", 2, key.size(3));
   check_stride(value, "value", 3, 1);
   check_aligned(value, "value");
   for (int64_t i = 0; i < 3 && !kTransposedKeys; ++i) check_stride(value, "value", i, key.stride(i));
-  cache.value = {value.const_data_ptr(), value.stride(0), value.stride(1), value.stride(2)};
+  return {value.const_data_ptr(), value.stride(0), value.stride(1), value.stride(2)};
+}
+
+inline Cache kv_cache(const Tensor& key, const Tensor& value, const Query& query, const Tensor& pages,
+               const Tensor& seq_lens, const std::optional<Tensor>& places) {
+  Cache cache = key_cache(key, query, pages, seq_lens, places);
+  cache.value = values_of(value, key);
   return cache;
 }
 

@@ -72,6 +72,24 @@ void summarize_pages(const Tensor& key, const Tensor& slots, Tensor summary, int
                         summary_of(summary, written.kv_heads, written.head_dim, key.scalar_type())});
 }
 
+void write_tokens(const Tensor& key, const Tensor& value, const Tensor& slots, Tensor to_key, Tensor to_value,
+                  const Tensor& places) {
+  const DeviceOf device(key);
+  const Pool keys = keys_of(to_key), values = values_of(to_value, to_key);
+  check_shape(key, "key", {-1, -1, -1});
+  const int64_t tokens = key.size(0), heads = key.size(1), page_size = to_key.size(2);
+  check_shape(slots, "slots", {-1, -1});
+  check_type(slots, "slots", ScalarType::Long);
+  check_stride(slots, "slots", 1, 1);
+  STD_TORCH_CHECK(slots.size(1) >= tokens, "slots.shape[1] must be at least ", tokens, ", not ", slots.size(1));
+  check_shape(places, "places", {heads, 2});
+  kernels::write_tokens({token_rows_of(key, "key", tokens, heads, to_key),
+                         token_rows_of(value, "value", tokens, heads, to_key), dtype_of(key, "key"), tokens, heads,
+                         check_head_dim(to_key.size(3)), keys, values, page_size,
+                         places_of(places, slots.size(0), to_key.size(1)),
+                         static_cast<const int64_t*>(slots.const_data_ptr()), slots.stride(0)});
+}
+
 void select_units(const Tensor& scores, const Tensor& seq_lens, int64_t unit_tokens, const Tensor& sink,
                   const Tensor& recent, const Tensor& budget, std::optional<double> threshold,
                   std::optional<Tensor> whole, Tensor spans, Tensor units, Tensor count) {
@@ -176,6 +194,7 @@ STABLE_TORCH_LIBRARY_IMPL(SPARSESERVE_LIBRARY, SPARSESERVE_DISPATCH_KEY, m) {
   m.impl("score_pages", TORCH_BOX(&score_pages));
   m.impl("summarize_pages", TORCH_BOX(&summarize_pages));
   m.impl("select_units", TORCH_BOX(&select_units));
+  m.impl("write_tokens", TORCH_BOX(&write_tokens));
   m.impl("summarize_gates", TORCH_BOX(&summarize_gates));
   m.impl("score_gates", TORCH_BOX(&score_gates));
   m.impl("search_blocks", TORCH_BOX(&search_blocks));

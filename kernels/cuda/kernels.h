@@ -13,5 +13,6 @@ void select_units(const SelectParams& params);
 void search_blocks(const SearchBlocksParams& params);
 void summarize_gates(const SummarizeGatesParams& params);
 void score_gates(const ScoreGatesParams& params);
+void write_tokens(const WriteParams& params);
 
 }  // namespace sparseserve::cuda

@@ -38,6 +38,7 @@ __all__ = [
     "summarize_gates",
     "summarize_pages",
     "use_isa",
+    "write_tokens",
 ]
 
 _BOUNDS = {bound: number for number, bound in enumerate(Bound)}
@@ -237,6 +238,17 @@ def most_chunks(max_len: int, chunk_tokens: Sequence[int], stage_tokens: Sequenc
         for tokens, (chunk, part) in zip(stage_tokens, pairwise(chunk_tokens), strict=True)
     )
     return max(-(-max_len // chunk_tokens[0]), *split)
+
+
+def write_tokens(key: Tensor, value: Tensor, slots: Tensor, kv: PagedKV) -> None:
+    """Write the keys and values of new tokens to the pages of their heads.
+
+    key, value [T, H, D] of the cache's dtype; slots [R, >= T] int64, of every table: page * P + offset, or -1 for
+    tokens that are not kept; `kv` with the places [H, 2] of its heads.
+    """
+    assert kv.places is not None
+    kernels(key.device.type)
+    torch.ops.sparseserve.write_tokens(key, value, slots, kv.key, kv.value, kv.places)
 
 
 def attend(

@@ -29,6 +29,8 @@ SCHEMAS = {
     "search_blocks": "(Tensor query, Tensor key, Tensor pages, Tensor seq_lens, Tensor(a!) state, int[] chunk_tokens, "
     "int[] stage_tokens, int[] refresh_steps, Tensor sink, Tensor recent, Tensor budget, Tensor? whole, "
     f"Tensor(b!) spans, Tensor(c!) units, Tensor(d!) count, Tensor(f!)? scores=None, {_SCRATCH}) -> ()",
+    "write_tokens": "(Tensor key, Tensor value, Tensor slots, Tensor(a!) to_key, Tensor(b!) to_value, "
+    "Tensor places) -> ()",
     "attend": "(Tensor query, Tensor key, Tensor value, Tensor pages, Tensor seq_lens, Tensor spans, Tensor units, "
     "Tensor count, int unit_tokens, float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) attended, "
     f"Tensor? places=None, {_SCRATCH}) -> ()",

@@ -159,7 +159,7 @@ class SparseCPUImpl(SparseImpl, CPUAttentionBackendImpl):
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         if self._heads is not None:
-            self._write_groups(layer, key, value, slot_mapping)
+            self._write_groups(key, value, kv_cache, slot_mapping)
             return
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         if self._policy is not None and self._summary_shape:

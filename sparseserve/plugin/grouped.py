@@ -20,7 +20,6 @@ from sparseserve.plugin.heads import HeadGroups
 from sparseserve.plugin.metadata import decode_rows, rows_from
 from sparseserve.policies import Policy
 from sparseserve.step import StepBuffers
-from sparseserve.storage import Storage
 from sparseserve.types import PagedKV, PageTable, Selection, Step
 
 PIECE = 128  # tokens of a prompt that kernels take at a time on the CPU, so that what they leave stays in its caches
@@ -70,7 +69,7 @@ class GroupedSteps:
 
     def build(self, common: CommonAttentionMetadata) -> GroupedStep:
         """The step of a batch whose rows of one token come first."""
-        self._groups.keep_table(0, common)
+        self._groups.keep(0, common)
         rows = decode_rows(common)
         if rows == common.num_reqs:
             return GroupedStep(rows, self._decode(common, rows), (), {})
@@ -109,16 +108,6 @@ class Heads:
         return cls(kv, (kv[:, None] * group + torch.arange(group, device=device)).flatten())
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A layer's KV heads in one group."""
-
-    number: int  # of the group
-    name: str  # of the group's first layer
-    heads: Heads
-    slots: slice  # of the heads, in a page
-
-
 class GroupedHeads:
     """One layer's heads in their groups."""
 
@@ -127,14 +116,10 @@ class GroupedHeads:
         self.groups, self.scratch = groups, scratch
         self.piece = PIECE if scratch is None else groups.rows  # tokens of a prompt at a time
         self.places = storage.places[layer].to(device)
-        self.parts = [
-            Part(number, name, Heads.of(mine, heads.group, device), _slots(storage, layer, mine))
-            for number, name in enumerate(groups.names)
-            if (mine := storage.heads(layer, number))
-        ]
         full = storage.heads(layer, 0) if storage.spans[0] is None else []
         windowed = [head for head in range(heads.kv_heads) if head not in full]
-        self.full = self.parts[0] if full else None
+        self.full = Heads.of(full, heads.group, device) if full else None
+        self.full_slots = storage.slots_of(layer, full)
         self.windowed = Heads.of(windowed, heads.group, device) if windowed else None
 
     def attend_windows(self, prompt: Prompt, layer: SparseLayer, query: Tensor, out: Tensor) -> None:
@@ -151,8 +136,3 @@ class GroupedHeads:
         out[:, heads.query], _ = ops.attend(
             query[:, heads.query], kv, tables, prompt.lengths, selection, layer.scale, scratch=self.scratch
         )
-
-
-def _slots(storage: Storage, layer: int, kv_heads: list[int]) -> slice:
-    first = int(storage.places[layer, kv_heads[0], 1])
-    return slice(first, first + len(kv_heads))

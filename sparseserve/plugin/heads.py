@@ -34,19 +34,20 @@ from sparseserve.storage import Span, Storage
 class HeadGroups:
     """The groups of one worker's KV heads.
 
-    Their page tables never move, so that captured graphs find them. They take 4 * R * rows * N bytes: 25 MB for 12
-    groups and 256 rows of 128k tokens on pages of 64.
+    Page tables and slots of the latest batch never move, so that captured graphs find them. The tables take
+    4 * R * rows * N bytes: 25 MB for 12 groups and 256 rows of 128k tokens on pages of 64.
     """
 
     def __init__(
-        self, storage: Storage, model: ModelShape, dtype: torch.dtype, rows: int, device: torch.device
+        self, storage: Storage, model: ModelShape, dtype: torch.dtype, rows: int, tokens: int, device: torch.device
     ) -> None:
         self.storage, self.model = storage, model
         self.rows, self._dtype = rows, dtype
         self._layers: dict[str, Attention] = {}
         self.names: list[str] = []  # of every group's first layer
         shape = len(storage.spans), rows, -(-model.max_len // model.page_size)
-        self.tables = torch.zeros(shape, dtype=torch.int32, device=device)  # [R, rows, N], of the latest batch
+        self.tables = torch.zeros(shape, dtype=torch.int32, device=device)  # [R, rows, N]
+        self.slots = torch.full((len(storage.spans), tokens), -1, device=device)  # [R, tokens] int64, of new tokens
 
     def register(self, config: VllmConfig) -> None:
         """Put a layer for every group but the first beside the model's own layers, of which it takes note."""
@@ -102,12 +103,13 @@ class HeadGroups:
             (first.shape[0], self.storage.slots, size, width), (first.stride(0), size * width, width, 1)
         )
 
-    def keep_table(self, number: int, common: CommonAttentionMetadata) -> None:
-        """Copy the batch's page table of a group to where kernels find those of all groups."""
+    def keep(self, number: int, common: CommonAttentionMetadata) -> None:
+        """Copy the batch's page table and slots of a group to where kernels find those of all groups."""
         if number == 0 and poison.ENABLED:
             poison.fill(self.pages)
         pages = -(-common.max_seq_len // self.model.page_size)
         self.tables[number, : common.num_reqs, :pages] = common.block_table_tensor[: common.num_reqs, :pages]
+        self.slots[number, : common.slot_mapping.shape[0]] = common.slot_mapping
 
 
 class GroupLayer(AttentionLayerBase):
@@ -157,7 +159,7 @@ class GroupBuilder(AttentionMetadataBuilder[CommonAttentionMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         (name,) = layer_names
         layer = vllm_config.compilation_config.static_forward_context[name]
-        self._keep: Callable[[int, CommonAttentionMetadata], None] = layer.groups.keep_table
+        self._keep: Callable[[int, CommonAttentionMetadata], None] = layer.groups.keep
         self._number: int = layer.number
 
     def build(

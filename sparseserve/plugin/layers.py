@@ -16,6 +16,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from sparseserve import ops
 from sparseserve.cache import summaries
 from sparseserve.decode import SparseLayer, decode_layer
 from sparseserve.errors import UnsupportedError
@@ -58,6 +59,7 @@ class SparseImpl:
 
     _policy: Policy | None = None
     _layer: SparseLayer | None = None
+    _cache: int | None = None  # where the layer's cache was when it was bound
     _heads: GroupedHeads | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -82,21 +84,21 @@ class SparseImpl:
         self._heads = heads
 
     def _bound(self, kv_cache: Tensor) -> SparseLayer:
-        pages = kv_cache if self._heads is None else self._heads.groups.pages
-        if self._layer is None or self._layer.kv.key.data_ptr() != pages.data_ptr():
+        if self._layer is None or self._cache != kv_cache.data_ptr():
+            self._cache = kv_cache.data_ptr()
+            pages = kv_cache if self._heads is None else self._heads.groups.pages
             summary = summaries(pages, self._summary_shape, self._policy.summary_dtype)
             places = None if self._heads is None else self._heads.places
             kv = replace(self.views(pages), places=places)
             self._layer = SparseLayer(self._policy, self._plan, kv, summary, self.scale)
         return self._layer
 
-    def _write_groups(self, layer: torch.nn.Module, key: Tensor, value: Tensor, slot_mapping: Tensor) -> None:
-        """Write keys and values [T, H, D] to the pages of their groups; `slot_mapping` is the first group's."""
-        pages, mappings = self._heads.groups.pages, get_forward_context().slot_mapping
-        for part in self._heads.parts:
-            heads = part.heads.kv
-            slots = mappings[part.name] if part.number else slot_mapping
-            super().do_kv_cache_update(layer, key[:, heads], value[:, heads], pages[:, part.slots], slots)
+    def _write_groups(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+        """Write keys and values [>= T, H, D] to the pages of their groups; `slot_mapping` [T] is the first group's."""
+        if get_forward_context().attn_metadata is None:
+            return  # vLLM warms up, without a token to keep
+        tokens = slot_mapping.shape[0]
+        ops.write_tokens(key[:tokens], value[:tokens], self._heads.groups.slots, self._bound(kv_cache).kv)
 
     def _forward_groups(
         self, layer: torch.nn.Module, query: Tensor, kv_cache: Tensor, batch: GroupedStep, output: Tensor
@@ -107,8 +109,8 @@ class SparseImpl:
             if self._meter is not None:
                 self._meter.count_tokens(batch.decode)
         if batch.prompts and heads.full is not None:
-            tokens, mine = slice(batch.rows, batch.prompts[-1].tokens.stop), heads.full.heads
-            pages, metadata = heads.groups.pages[:, heads.full.slots], batch.vllm[len(mine.kv)]
+            tokens, mine = slice(batch.rows, batch.prompts[-1].tokens.stop), heads.full
+            pages, metadata = heads.groups.pages[:, heads.full_slots], batch.vllm[len(mine.kv)]
             asked = query[tokens, mine.query]
             out = torch.empty_like(asked)
             super().forward(layer, asked, None, None, pages, metadata, out)
@@ -130,7 +132,8 @@ def group_heads(config: VllmConfig, policy: Policy) -> HeadGroups | None:
     if storage.spans == (None,):
         return None
     rows, device = config.scheduler_config.max_num_seqs, torch.device(config.device_config.device)
-    groups = HeadGroups(storage, model, layer.kv_cache_torch_dtype, rows, device)
+    tokens = config.scheduler_config.max_num_batched_tokens
+    groups = HeadGroups(storage, model, layer.kv_cache_torch_dtype, rows, tokens, device)
     groups.register(config)
     return groups
 

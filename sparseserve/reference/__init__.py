@@ -6,6 +6,7 @@ from sparseserve.reference.score import score_pages, score_tokens
 from sparseserve.reference.search import search_blocks
 from sparseserve.reference.select import select_units
 from sparseserve.reference.summarize import summarize_pages
+from sparseserve.reference.write import write_tokens
 
 __all__ = [
     "attend",
@@ -17,4 +18,5 @@ __all__ = [
     "select_units",
     "summarize_gates",
     "summarize_pages",
+    "write_tokens",
 ]

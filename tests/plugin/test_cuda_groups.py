@@ -213,11 +213,12 @@ def test_a_replayed_step_reads_what_the_builder_wrote_for_its_batch(
 def test_what_a_step_leaves_does_not_reach_the_next(
     start: Start, simulator: None, tokens: tuple[Tensor, ...], policy: Policy
 ) -> None:
-    fresh, used = (filled(start(policy), tokens, ALL) for _ in range(2))
+    last = Batch([448, 300, 20], [1, 1, 20], [False, False, True]), [1, 2, 4]
+    fresh = step(filled(start(policy), tokens, ALL), tokens, *last)
+    used = filled(start(policy), tokens, ALL)
     step(used, tokens, Batch([1, 448], [1, 1], padding=5), [4, 1], capture=True)
     step(used, tokens, Batch([150, 40], [1, 40], [False, True]), [3, 4])
-    last = Batch([448, 300, 20], [1, 1, 20], [False, False, True]), [1, 2, 4]
-    assert torch.equal(step(fresh, tokens, *last), step(used, tokens, *last))
+    assert torch.equal(step(used, tokens, *last), fresh)
 
 
 def test_pages_can_be_allocated_anew(

@@ -229,7 +229,7 @@ def test_vllm_makes_a_group_of_every_group(name: str, tmp_path: Path) -> None:
     layers, slots, spans = STORED[name]
     model = ModelShape("m", layers, HeadShape(4, 2, head_dim=16), max_len=448, page_size=16)
     storage = Storage(slots, spans, torch.zeros(layers, 4, 2, dtype=torch.int32))
-    specs = specs_of(HeadGroups(storage, model, torch.bfloat16, rows=2, device=torch.device("cpu")))
+    specs = specs_of(HeadGroups(storage, model, torch.bfloat16, rows=2, tokens=8, device=torch.device("cpu")))
     config = vllm_config(tmp_path)
     config.cache_config.kv_cache_layout = KVCacheLayout.BLHNC.name
     config.scheduler_config.max_num_batched_tokens = 32

@@ -206,6 +206,30 @@ struct ScoreGatesParams {
   Wanted wanted;
 };
 
+// Numbers of tokens and heads, [T, H, D]; the dims are dense.
+struct TokenRows {
+  const void* data;
+  int64_t token_stride;
+  int64_t head_stride;
+};
+
+struct WriteParams {
+  TokenRows from_key;
+  TokenRows from_value;
+  DType dtype;
+  int64_t tokens;         // T
+  int64_t heads;          // H
+  int64_t head_dim;       // D
+  Pool key;
+  Pool value;
+  int64_t page_size;      // P
+  const int32_t* places;  // [H, 2], table and slot of every KV head
+  const int64_t* slots;   // [R, T] of every table: page * P + offset, or -1
+  int64_t slots_stride;
+
+  constexpr int64_t slot_of(int64_t token, int64_t head) const { return slots[places[2 * head] * slots_stride + token]; }
+};
+
 constexpr int kSearchStages = 3;
 
 struct SearchBlocksParams {
