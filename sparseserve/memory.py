@@ -98,12 +98,12 @@ def memory_of(
         slots = len(plans) * heads.kv_heads
         summary = len(plans) * policy.summary_bytes(heads, size, element_bytes)
         return Memory((HeadGroup(None, slots, 1),), size, slots, dense, summary, dense)
-    part = -(-storage.slots * 2 * heads.head_dim // model.layers)  # of a token, of every layer
+    page_bytes = model.layers * size * storage.layer_part(model) * element_bytes
     groups = [
         HeadGroup(span, sum(storage.group_heads(number) for number, _ in same), len(same))
         for span, same in ((span, [*same]) for span, same in groupby(enumerate(storage.spans), key=lambda one: one[1]))
     ]
-    return Memory(tuple(groups), size, storage.slots, model.layers * size * part * element_bytes, 0, dense)
+    return Memory(tuple(groups), size, storage.slots, page_bytes, 0, dense)
 
 
 def predict_memory(policy: Policy, plans: Sequence[LayerPlan], model: ModelShape, element_bytes: int) -> Memory:

@@ -77,6 +77,10 @@ class Storage:
         """KV heads of all layers in a group."""
         return int((self.places[..., 0] == group).sum())
 
+    def layer_part(self, model: ModelShape) -> int:
+        """Numbers that a layer of the model adds to a page for each of its tokens; together they hold the slots."""
+        return -(-self.slots * 2 * model.heads.head_dim // model.layers)
+
     def pages(self, length: int, page_size: int) -> list[int]:
         """Pages of every group that a row of `length` tokens keeps."""
         return [-(-length // page_size) if span is None else span.pages(length, page_size) for span in self.spans]

@@ -91,8 +91,7 @@ class HeadGroups:
     @property
     def _part_bytes(self) -> int:
         """A layer's part of a page, for every token of the page."""
-        page = self.storage.slots * 2 * self.model.heads.head_dim
-        return -(-page // self.model.layers) * self._dtype.itemsize
+        return self.storage.layer_part(self.model) * self._dtype.itemsize
 
     @property
     def pages(self) -> Tensor:

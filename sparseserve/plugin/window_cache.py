@@ -21,7 +21,7 @@ from sparseserve.storage import Span
 
 @dataclass(frozen=True, kw_only=True)
 class SinkWindowSpec(SlidingWindowSpec):
-    """Pages that hold the sink or the last tokens of a row; `sliding_window` is their number in the longest row."""
+    """Pages that hold the sink or the last tokens of a row; `sliding_window` are the tokens that the longest keeps."""
 
     span: Span
     part: int  # groups of the same span have their own pages
