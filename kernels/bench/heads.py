@@ -26,7 +26,7 @@ from rich.table import Table
 
 from sparseserve.policies import Policy
 
-CONTEXTS = (4096, 16384, 32768)
+CONTEXTS = (4096, 16384)
 NAMES = ("retrieval", "moa", "streaming")
 
 

@@ -15,7 +15,8 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 # Not NaN: vLLM's attention multiplies what lies behind the end of a row with 0.
 POISON = 1e4
-ENABLED = os.environ.get("SPARSESERVE_POISON_FREED_PAGES") == "1"
+SWITCH = "SPARSESERVE_POISON_FREED_PAGES"
+ENABLED = os.environ.get(SWITCH) == "1"
 
 _FREED: set[int] = set()
 

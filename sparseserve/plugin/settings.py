@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout, is_quantized_kv_cache
 from sparseserve.config import ADDITIONAL_CONFIG, from_dict
 from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.plan import ModelShape
+from sparseserve.plugin import poison
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape
 
@@ -110,6 +111,9 @@ def group_problems(vllm_config: VllmConfig, policy: Policy) -> Iterator[Problem]
     if layout not in (None, PAGES_FIRST):
         allowed = f"{PAGES_FIRST}, or unset, with kv_memory = per_head: a page is one run of memory for all layers"
         yield Problem("VLLM_KV_CACHE_LAYOUT", layout, allowed, remedy=f"unset it, or {shared}")
+    if poison.ENABLED and envs.VLLM_ENABLE_V1_MULTIPROCESSING:
+        allowed = "unset, unless scheduler and worker share a process"
+        yield Problem(poison.SWITCH, 1, allowed, remedy="unset it, or set VLLM_ENABLE_V1_MULTIPROCESSING=0")
 
 
 def cuda_problems(vllm_config: VllmConfig, policy: Policy, heads: HeadShape) -> Iterator[Problem]:

@@ -118,6 +118,14 @@ def test_what_keeps_heads_from_freeing_pages_is_refused(
     assert start(models["llama"], *flags, policy="streaming", sets=("kv_memory=shared",)).summary
 
 
+def test_poison_needs_scheduler_and_worker_in_one_process(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparseserve.plugin.poison.ENABLED", True)
+    with pytest.raises(UnsupportedError, match="SPARSESERVE_POISON_FREED_PAGES.*VLLM_ENABLE_V1_MULTIPROCESSING=0"):
+        start(models["llama"], policy="streaming")
+
+
 def test_pages_of_many_heads_may_lie_as_they_do(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "BLHNC")
     assert start(models["llama"], policy="streaming").summary
