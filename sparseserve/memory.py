@@ -145,7 +145,9 @@ class StepMemory:
         that was found, were never held.
         """
         size = self._memory.page_size
-        gone, leaving = self.freed(torch.cat([before, after]) + 1).view(2, -1).sum(1).int().tolist()
+        gone, leaving = 0, 0
+        if self._window_tables:
+            gone, leaving = self.freed(torch.cat([before, after]) + 1).view(2, -1).sum(1).int().tolist()
         pages = int((after + (size - 1)).div(size, rounding_mode="floor").sum())
         held = self._memory.stored(self._full_tables * pages, self._window_tables * pages - gone, pages)
         return held, leaving - gone

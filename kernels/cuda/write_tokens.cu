@@ -28,7 +28,6 @@ __global__ void __launch_bounds__(64) write_kernel(const __grid_constant__ Write
 
 void write_tokens(const WriteParams& params) {
   if (params.dtype == DType::kFloat) throw std::invalid_argument("key must be bfloat16 or float16 on CUDA");
-  if (params.head_dim > 256) throw std::invalid_argument("head_dim must be at most 256 on CUDA");
   launch(write_kernel, dim3(params.tokens, params.heads), static_cast<int>(2 * params.head_dim / kNumbers), 0, params);
 }
 

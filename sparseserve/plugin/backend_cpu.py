@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from sparseserve.cache import cpu_views
 from sparseserve.decode import decode_layer
-from sparseserve.plugin.grouped import GroupedHeads, GroupedStep, GroupedSteps
+from sparseserve.plugin.grouped import GroupedStep, GroupedSteps
 from sparseserve.plugin.layers import SparseBackend, SparseImpl, bind_layers, extended
 from sparseserve.plugin.metadata import RowSplit, split_rows, take_rows, token_rows
 from sparseserve.plugin.settings import head_shape, model_shape, policy_of
@@ -81,12 +81,9 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         self._buffers = StepBuffers(policy, plans, heads, config.scheduler_config.max_num_seqs, model.max_len)
         mine = [plans[extract_layer_index(name)] for name in layers]
         self._meter = Meter(policy, mine)
-        bind_layers(config, self.kv_cache_spec, layers, mine, policy, heads, self._meter)
-        if groups := SparseCPUBackend.groups:
+        if groups := bind_layers(config, self.kv_cache_spec, layers, mine, policy, model, self._meter):
             self.reorder_batch_threshold = 1
             self._grouped = GroupedSteps(groups, policy, self._buffers, self._of_heads)
-            for plan, layer in zip(mine, layers.values(), strict=True):
-                layer.impl.bind_heads(GroupedHeads(groups, plan.layer, self.device, None))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

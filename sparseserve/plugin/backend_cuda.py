@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from sparseserve.cache import cuda_views
 from sparseserve.decode import decode_layer
 from sparseserve.errors import UnsupportedError
-from sparseserve.plugin.grouped import GroupedHeads, GroupedStep, GroupedSteps
+from sparseserve.plugin.grouped import GroupedStep, GroupedSteps
 from sparseserve.plugin.layers import SparseBackend, SparseImpl, bind_layers, extended
 from sparseserve.plugin.metadata import decode_rows, real_rows, rows_from, split_rows
 from sparseserve.plugin.settings import (
@@ -135,11 +135,9 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
         mine = [plans[extract_layer_index(name)] for name in layers]
         runner = "V2" if config.use_v2_model_runner else "V1"
         self._meter = CudaMeter(policy, mine, len(plans), self.device, runner)
-        bind_layers(config, self.kv_cache_spec, layers, mine, policy, heads, self._meter)
-        if groups := SparseCUDABackend.groups:
+        scratch = memory.scratch
+        if groups := bind_layers(config, self.kv_cache_spec, layers, mine, policy, model, self._meter, scratch):
             self._grouped = GroupedSteps(groups, policy, self._buffers, self._of_prompts)
-            for plan, layer in zip(mine, layers.values(), strict=True):
-                layer.impl.bind_heads(GroupedHeads(groups, plan.layer, self.device, memory.scratch))
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -111,8 +111,8 @@ class Heads:
 class GroupedHeads:
     """One layer's heads in their groups."""
 
-    def __init__(self, groups: HeadGroups, layer: int, device: torch.device, scratch: Tensor | None) -> None:
-        storage, heads = groups.storage, groups.model.heads
+    def __init__(self, groups: HeadGroups, layer: int, scratch: Tensor | None) -> None:
+        storage, heads, device = groups.storage, groups.model.heads, groups.tables.device
         self.groups, self.scratch = groups, scratch
         self.piece = PIECE if scratch is None else groups.rows  # tokens of a prompt at a time
         self.places = storage.places[layer].to(device)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
@@ -22,13 +22,13 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, replace_as
 
 from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.plan import ModelShape
 from sparseserve.plugin import poison
 from sparseserve.plugin.window_cache import SinkWindowSpec
-from sparseserve.storage import Span, Storage
+from sparseserve.storage import Storage
 
 
 class HeadGroups:
@@ -43,17 +43,15 @@ class HeadGroups:
     ) -> None:
         self.storage, self.model = storage, model
         self.rows, self._dtype = rows, dtype
-        self._layers: dict[str, Attention] = {}
         self.names: list[str] = []  # of every group's first layer
         shape = len(storage.spans), rows, -(-model.max_len // model.page_size)
         self.tables = torch.zeros(shape, dtype=torch.int32, device=device)  # [R, rows, N]
         self.slots = torch.full((len(storage.spans), tokens), -1, device=device)  # [R, tokens] int64, of new tokens
 
     def register(self, config: VllmConfig) -> None:
-        """Put a layer for every group but the first beside the model's own layers, of which it takes note."""
+        """Put a layer for every group but the first beside the model's own layers, of whose first it takes note."""
         context = config.compilation_config.static_forward_context
-        self._layers = {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
-        first = next(iter(self._layers))
+        first, self._first = next(iter(get_layers_from_vllm_config(config, Attention).items()))
         self.names = [first, *(f"{first}.group{number}" for number in range(1, len(self.storage.spans)))]
         context.update({name: GroupLayer(self, number) for number, name in enumerate(self.names) if number})
 
@@ -67,26 +65,26 @@ class HeadGroups:
             remedy = f"give --block-size {spec.block_size}"
             raise UnsupportedError(Problem("--block-size", self.model.page_size, allowed, remedy=remedy))
         part = replace(spec, num_head_slots=1, state_content_bytes=self._part_bytes)
-        return part if (span := self.storage.spans[0]) is None else self._window_spec(part, span, 0)
+        if self.storage.spans[0] is None:
+            return part
+        return replace_as(part, SinkWindowSpec, drop=("attention_chunk_size", "non_causal"), **self._window(0))
 
     def group_spec(self, number: int) -> AttentionSpec:
         """What the layer of another group asks for: whole pages."""
-        span = self.storage.spans[number]
-        assert span is not None
-        page = FullAttentionSpec(
+        return SinkWindowSpec(
             block_size=self.model.page_size,
             num_kv_heads=self.storage.slots,
             head_size=self.model.heads.head_dim,
             dtype=self._dtype,
             page_size_padded=self.model.layers * self.model.page_size * self._part_bytes,
+            **self._window(number),
         )
-        return self._window_spec(page, span, number)
 
-    def _window_spec(self, spec: AttentionSpec, span: Span, number: int) -> SinkWindowSpec:
-        kept = span.pages(self.model.max_len, spec.block_size) * spec.block_size
-        same = ("num_kv_heads", "head_size", "dtype", "page_size_padded", "num_head_slots", "state_content_bytes")
-        fields = {name: getattr(spec, name) for name in same}
-        return SinkWindowSpec(block_size=spec.block_size, sliding_window=kept, span=span, part=number, **fields)
+    def _window(self, number: int) -> dict[str, Any]:
+        """What sets the spec of a group with a window apart."""
+        span, size = self.storage.spans[number], self.model.page_size
+        assert span is not None
+        return {"sliding_window": span.pages(self.model.max_len, size) * size, "span": span, "part": number}
 
     @property
     def _part_bytes(self) -> int:
@@ -96,7 +94,7 @@ class HeadGroups:
     @property
     def pages(self) -> Tensor:
         """The pool [M, S, P, 2D]: all pages, whichever group holds them."""
-        first = self._layers[self.names[0]].kv_cache
+        first = self._first.kv_cache
         size, width = self.model.page_size, 2 * self.model.heads.head_dim
         return first.as_strided(
             (first.shape[0], self.storage.slots, size, width), (first.stride(0), size * width, width, 1)

@@ -21,6 +21,7 @@ from sparseserve.cache import summaries
 from sparseserve.decode import SparseLayer, decode_layer
 from sparseserve.errors import UnsupportedError
 from sparseserve.memory import Memory, memory_of
+from sparseserve.plan import ModelShape
 from sparseserve.plugin.cache import with_summaries
 from sparseserve.plugin.grouped import GroupedHeads, GroupedStep
 from sparseserve.plugin.heads import HeadGroups
@@ -28,7 +29,7 @@ from sparseserve.plugin.settings import check_attention, group_problems, head_sh
 from sparseserve.plugin.stats import Meter
 from sparseserve.policies import Policy
 from sparseserve.storage import store_heads
-from sparseserve.types import HeadShape, LayerPlan, PagedKV
+from sparseserve.types import LayerPlan, PagedKV
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what its own loggers say
 
@@ -74,14 +75,20 @@ class SparseImpl:
         if policy is not None and policy.frees_pages and self.backend.groups is None:
             self.backend.groups = group_heads(self._config, policy)
 
-    def bind(self, policy: Policy, plan: LayerPlan, summary_shape: tuple[int, ...], meter: Meter | None) -> None:
-        """Take the layer's plan; `meter` is the one to report a finished step to, for the last layer only."""
-        self._policy, self._plan, self._summary_shape, self._meter = policy, plan, summary_shape, meter
-        self._layer = None
+    def bind(
+        self,
+        policy: Policy,
+        plan: LayerPlan,
+        summary_shape: tuple[int, ...],
+        meter: Meter | None,
+        heads: GroupedHeads | None,
+    ) -> None:
+        """Take the layer's plan, and the groups of its heads, if any.
 
-    def bind_heads(self, heads: GroupedHeads) -> None:
-        """Take the places of the layer's heads."""
-        self._heads = heads
+        `meter` is the one to report a finished step to, for the last layer only.
+        """
+        self._policy, self._plan, self._summary_shape, self._meter = policy, plan, summary_shape, meter
+        self._heads, self._layer = heads, None
 
     def _bound(self, kv_cache: Tensor) -> SparseLayer:
         if self._layer is None or self._cache != kv_cache.data_ptr():
@@ -144,19 +151,24 @@ def bind_layers(
     layers: Mapping[str, Attention],
     plans: Sequence[LayerPlan],
     policy: Policy,
-    heads: HeadShape,
+    model: ModelShape,
     meter: Meter,
-) -> None:
-    """Give every layer its plan and its room in the pages; the last one reports to `meter`."""
-    model = model_shape(config, heads)
+    scratch: Tensor | None = None,
+) -> HeadGroups | None:
+    """Give every layer its plan and its room in the pages; the last one reports to `meter`.
+
+    Returns the groups of the heads, if they have any; `scratch` is where blocks meet in their prompts, on CUDA.
+    """
     groups = next(iter(layers.values())).impl.backend.groups
     memory = memory_of(policy, plans, model, spec.dtype.itemsize, groups and groups.storage)
     meter.set_memory(memory, model.max_len)
     _log_capacity(memory, config.cache_config.num_gpu_blocks, model.max_len)
-    summary_shape = policy.summary_shape(heads, spec.block_size)
+    summary_shape = policy.summary_shape(model.heads, spec.block_size)
     for (name, layer), plan in zip(layers.items(), plans, strict=True):
         check_attention(name, layer.impl)
-        layer.impl.bind(policy, plan, summary_shape, meter if plan is plans[-1] else None)
+        heads = GroupedHeads(groups, plan.layer, scratch) if groups else None
+        layer.impl.bind(policy, plan, summary_shape, meter if plan is plans[-1] else None, heads)
+    return groups
 
 
 def _log_capacity(memory: Memory, blocks: int | None, longest: int) -> None:
