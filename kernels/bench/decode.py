@@ -8,8 +8,6 @@ runs alternate in random order. vLLM runs as it comes, compiled.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import time
@@ -22,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from contenders import FAR, NEAR, deep_model, policies, prompt
-from environment import environment
+from environment import options, write_record
 from rich.console import Console
 from rich.table import Table
 
@@ -152,21 +150,13 @@ def table(timings: list[Timing]) -> Table:
 
 def main() -> None:
     """Measure, print, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args()
-    console = Console()
+    told, console = options(__doc__), Console()
     with TemporaryDirectory() as folder:
         model = Path(folder) / "deep"
-        deep_model(model, options.layers)
-        timings = measure(str(model), policies(Path(folder), options.layers), options.rounds, console)
+        deep_model(model, told.layers)
+        timings = measure(str(model), policies(Path(folder), told.layers), told.rounds, console)
     console.print(table(timings))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        run = {"layers": options.layers, "rounds": options.rounds, "timings": [asdict(t) for t in timings]}
-        options.json.write_text(json.dumps(environment() | run, indent=1) + "\n")
+    write_record(told, [asdict(timing) for timing in timings])
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ must give the answer that a needle far back has (`streaming` is asked for one ne
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +18,7 @@ from tempfile import TemporaryDirectory
 
 from contenders import FAR, NEAR, deep_model, policies, prompt
 from decode import engine
-from environment import environment
+from environment import options, write_record
 from rich.console import Console
 from rich.table import Table
 
@@ -87,23 +85,16 @@ def table(timings: list[Timing]) -> Table:
 
 def main() -> None:
     """Measure, print, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args()
-    console, timings = Console(), []
+    told, timings = options(__doc__), []
     with TemporaryDirectory() as folder:
         model = Path(folder) / "deep"
-        deep_model(model, options.layers)
-        contenders = policies(Path(folder), options.layers)
+        deep_model(model, told.layers)
+        contenders = policies(Path(folder), told.layers)
         for name in NAMES:
             with engines(str(model), contenders[name]) as pipes:
-                timings += [measure(name, pipes, context, options.rounds) for context in CONTEXTS]
-    console.print(table(timings))
-    if options.json:
-        run = {"layers": options.layers, "rounds": options.rounds, "timings": [asdict(timing) for timing in timings]}
-        options.json.write_text(json.dumps(environment() | run, indent=1) + "\n")
+                timings += [measure(name, pipes, context, told.rounds) for context in CONTEXTS]
+    Console().print(table(timings))
+    write_record(told, [asdict(timing) for timing in timings])
 
 
 if __name__ == "__main__":
