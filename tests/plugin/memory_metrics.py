@@ -1,11 +1,10 @@
-"""An engine in one process, step by step: what its metrics say and what vLLM's pool holds. JSON on stdin and stdout."""
+"""An engine, step by step: what its metrics say and what vLLM's pool holds."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from typing import Any
+
+from one_process import answer, start
 
 
 def main(asked: dict[str, Any]) -> list[list[dict[str, float]]]:
@@ -13,17 +12,11 @@ def main(asked: dict[str, Any]) -> list[list[dict[str, float]]]:
 
     `ended` counts the requests that the step ended, `held` the blocks that the pool then holds.
     """
-    os.environ |= {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }
-    from vllm import LLM, SamplingParams
+    engine = start(asked).llm_engine
+    from vllm import SamplingParams
 
     from sparseserve.plugin.stats import KV_KINDS, WORKER
 
-    config = {"sparseserve": asked["policy"]}
-    engine: Any = LLM(asked["model"], additional_config=config, enforce_eager=True, **asked["engine"]).llm_engine
     pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
 
     def numbers(ended: int) -> dict[str, float]:
@@ -46,6 +39,4 @@ def main(asked: dict[str, Any]) -> list[list[dict[str, float]]]:
 
 
 if __name__ == "__main__":
-    asked, out = json.load(sys.stdin), os.dup(1)
-    os.dup2(2, 1)  # what vLLM prints is not the answer
-    os.write(out, json.dumps(main(asked)).encode())
+    answer(main)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import one_process
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from torch import Tensor
 from sparseserve.calibration.attention import Attention
 from sparseserve.calibration.samples import document
 from sparseserve.calibration.subject import Subject, decode, load
-from sparseserve.config import to_dict
 from sparseserve.plan import ModelShape
 from sparseserve.policies import Moa, Policy, Retrieval, Streaming
 from sparseserve.storage import store_heads
@@ -93,11 +91,9 @@ def masked(policy: Policy, ids: Sequence[int]) -> list[int]:
 
 
 def serve(policy: Policy, runs: list[dict[str, Any]], **engine: Any) -> dict[str, Any]:
-    settings = {"max_model_len": 2048, "block_size": PAGE, "dtype": "float32", "max_num_seqs": 8} | engine
-    asked = {"model": MODEL, "policy": to_dict(policy), "engine": settings, "runs": runs}
-    done = subprocess.run([sys.executable, SCRIPT], input=json.dumps(asked), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer: dict[str, Any] = json.loads(done.stdout)
+    settings = {"max_model_len": 2048, "block_size": PAGE, "dtype": "float32", "max_num_seqs": 8}
+    answer: dict[str, Any]
+    answer, _ = one_process.ask(SCRIPT, MODEL, policy, settings | {"disable_log_stats": False} | engine, runs=runs)
     return answer
 
 

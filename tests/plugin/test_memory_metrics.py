@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import one_process
 import pytest
 import torch
 
-from sparseserve.config import to_dict
 from sparseserve.demo import circuits
 from sparseserve.demo.questions import ask
 from sparseserve.memory import Memory, predict_memory
@@ -69,10 +66,7 @@ def stepped(model: Path, policy: Policy, runs: list[list[list[int]]]) -> tuple[l
         "max_num_batched_tokens": CHUNK,
         "async_scheduling": False,
     }
-    asked = {"model": str(model), "policy": to_dict(policy), "engine": engine, "tokens": ANSWER, "runs": runs}
-    done = subprocess.run([sys.executable, SCRIPT], input=json.dumps(asked), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout), done.stderr
+    return one_process.ask(SCRIPT, model, policy, engine, tokens=ANSWER, runs=runs)
 
 
 def counted(policy: Policy, before: list[int], after: list[int]) -> tuple[dict[str, float], float, float]:
