@@ -31,9 +31,11 @@ def tokens(point: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     shape, dtype = target.fitting(HeadShape(len(PLACES) + 2, 1, point["head_dim"]), point["dtype"])
     wide = torch.randn(2, count, shape.kv_heads, shape.head_dim, generator=draw).to(dtype)
     slots = torch.full((TABLES, count + 3), -1)
+    # No page is in two tables, as vLLM hands them out: two writes to one slot would have no order.
+    owned = torch.randperm(PAGES, generator=draw).split(-(-(count + 5) // size))
     for table in range(TABLES):
-        pages = torch.randperm(PAGES, generator=draw)[: -(-(count + 5) // size)]
-        slots[table, :count] = (pages[:, None] * size + torch.arange(size)).flatten()[table : table + count]
+        of_table = (owned[table][:, None] * size + torch.arange(size)).flatten()
+        slots[table, :count] = of_table[table : table + count]
         slots[table, torch.rand(count + 3, generator=draw) < 0.1] = -1
     return wide[0, :, 1:-1], wide[1, :, 1:-1], slots
 
