@@ -31,9 +31,32 @@ class Policy(BaseModel, ABC):
     summary_dtype: ClassVar[torch.dtype | None] = None  # of the page summaries; the cache's without
 
     min_tokens: Tokens = Field(1024, description="rows of at most this many tokens take vLLM's own attention")
-    measure_recall: bool = Field(
-        False, description="also attend to everything, to measure the softmax mass that each layer keeps; slow"
+    per_request: bool = Field(
+        True, description="requests may ask for dense attention or a budget of their own (vllm_xargs, model aliases)"
     )
+    recall_sample: Annotated[float, Field(ge=0, le=1)] = Field(
+        0,
+        description="share of decode steps that also attend to everything, in a quarter of the layers, to measure the "
+        "softmax mass that rows keep; 1 measures every layer of every step",
+    )
+    recall_floor: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="softmax mass that a request's rows must keep; needs recall_sample"
+    )
+    recall_action: Literal["report", "widen", "dense"] = Field(
+        "report",
+        description="what becomes of a request that stays under the floor: counted, its budget doubled up to "
+        "max_budget_tokens and then dense, or dense at once",
+    )
+
+    @model_validator(mode="after")
+    def _guards(self) -> Policy:
+        if self.recall_floor is not None and not self.recall_sample:
+            raise ValueError("recall_floor judges what recall_sample measures, which is 0; give recall_sample=0.01")
+        if self.recall_action != "report" and self.recall_floor is None:
+            raise ValueError(f"recall_action = {self.recall_action} needs a floor; give recall_floor=0.9")
+        if self.recall_action == "widen" and self.budget_bounds is None:
+            raise ValueError(f"recall_action = widen: {self.name} has no budget to widen; give recall_action=dense")
+        return self
 
     @property
     def head_scope(self) -> Scope:
@@ -57,6 +80,11 @@ class Policy(BaseModel, ABC):
     def dense_up_to(self) -> int:
         """Longest row, in tokens, for which the policy attends to everything anyway."""
         return self.min_tokens
+
+    @property
+    def budget_bounds(self) -> tuple[int, int] | None:
+        """Fewest and most tokens that a request may have as its budget; None without a budget that can change."""
+        return None
 
     @property
     def frees_pages(self) -> bool:
@@ -131,8 +159,8 @@ class WindowPolicy(Policy):
 
     @model_validator(mode="after")
     def _keeps_what_it_needs(self) -> WindowPolicy:
-        if self.frees_pages and self.measure_recall:
-            raise ValueError("measure_recall attends to tokens that kv_memory = per_head frees; give kv_memory=shared")
+        if self.frees_pages and self.recall_sample:
+            raise ValueError("recall_sample attends to tokens that kv_memory = per_head frees; give kv_memory=shared")
         return self
 
 
@@ -142,6 +170,9 @@ class BudgetPolicy(Policy):
     budget_tokens: PositiveTokens = Field(1024, description="tokens a head attends to, sink and recent included")
     sink_tokens: Tokens = Field(0, description="first tokens, always attended to")
     recent_tokens: PositiveTokens = Field(1, description="last tokens, always attended to, the current one included")
+    max_budget_tokens: PositiveTokens | None = Field(
+        None, description="largest budget that a request may have; four times budget_tokens without"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> BudgetPolicy:
@@ -150,10 +181,27 @@ class BudgetPolicy(Policy):
                 f"sink_tokens + recent_tokens = {self.sink_tokens + self.recent_tokens} exceed "
                 f"budget_tokens = {self.budget_tokens}; raise the budget or keep fewer sink or recent tokens"
             )
+        if self.max_budget_tokens is not None and self.max_budget_tokens < self.budget_tokens:
+            raise ValueError(
+                f"max_budget_tokens = {self.max_budget_tokens} is less than budget_tokens = {self.budget_tokens}; "
+                "raise it, or drop it"
+            )
         return self
 
+    @property
+    def largest_budget(self) -> int:
+        """The most tokens that any request may have as its budget."""
+        if not self.per_request and self.recall_action != "widen":
+            return self.budget_tokens
+        return 4 * self.budget_tokens if self.max_budget_tokens is None else self.max_budget_tokens
+
+    @property
+    def budget_bounds(self) -> tuple[int, int] | None:
+        return self.sink_tokens + self.recent_tokens + self.selection_unit, self.largest_budget
+
     def selection_slots(self, max_len: int) -> int:
-        return (self.budget_tokens - self.sink_tokens - self.recent_tokens) // self.selection_unit
+        largest = min(self.largest_budget, max(max_len, self.budget_tokens))
+        return (largest - self.sink_tokens - self.recent_tokens) // self.selection_unit
 
     @property
     def dense_up_to(self) -> int:

@@ -90,6 +90,10 @@ class Hip(BudgetPolicy):
         return budget - self.sink_tokens - self.recent_tokens
 
     @property
+    def budget_bounds(self) -> tuple[int, int] | None:
+        return None  # what a search found lies in the row's last page, in room of one size
+
+    @property
     def head_scope(self) -> Scope:
         return Scope(self.scope)
 

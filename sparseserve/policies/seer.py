@@ -63,6 +63,10 @@ class Seer(ScorePolicy):
         unit: int = self._gates.arguments["block_size"]
         return unit
 
+    @property
+    def budget_bounds(self) -> tuple[int, int] | None:
+        return super().budget_bounds if self.threshold is None else None
+
     def selection_slots(self, max_len: int) -> int:
         return super().selection_slots(max_len) if self.threshold is None else -(-max_len // self.selection_unit)
 
@@ -81,8 +85,8 @@ class Seer(ScorePolicy):
             raise UnsupportedError(Problem("--block-size", model.page_size, allowed, remedy=remedy))
         dense = max(self.dense_layers, self._gates.arguments["start_layer"])
         model.check_first_layers("dense_layers", dense, default=0)
-        if self.selection_slots(model.max_len) == 0:
-            least = self.selection_unit + self.sink_tokens + self.recent_tokens
+        least = self.selection_unit + self.sink_tokens + self.recent_tokens
+        if self.threshold is None and self.budget_tokens < least:
             allowed = f"at least {least}: a block of {self.selection_unit} tokens beside sink and recent tokens"
             raise ConfigError("budget_tokens", self.budget_tokens, allowed, remedy="give --set budget_tokens=2048")
         unrope, rope = self._rotations(model)

@@ -16,7 +16,8 @@ from sparseserve.errors import SparseServeError
 
 VLLM_VERSION = "0.32."
 INSTALL = "pip install 'sparseserve[cpu]'"
-ENTRY_POINTS = {"vllm.general_plugins": "sparseserve", "vllm.endpoint_plugins": "sparseserve_metrics"}
+ENDPOINT_PLUGINS = ["sparseserve_front", "sparseserve_metrics", "sparseserve_routes"]
+ENTRY_POINTS = {"vllm.general_plugins": ["sparseserve"], "vllm.endpoint_plugins": ENDPOINT_PLUGINS}
 # What the plugin and the launcher rely on: module, then names (`Class.member`) or dataclass fields (`Class:field`).
 SEAMS = {
     "vllm.v1.attention.backends.registry": [
@@ -158,8 +159,9 @@ def _allocator() -> Finding:
 
 
 def _plugins() -> Finding:
-    missing = [name for group, name in ENTRY_POINTS.items() if name not in entry_points(group=group).names]
-    found = f"missing {', '.join(missing)}" if missing else ", ".join(ENTRY_POINTS.values())
+    wanted = [(group, name) for group, names in ENTRY_POINTS.items() for name in names]
+    missing = [name for group, name in wanted if name not in entry_points(group=group).names]
+    found = ", ".join(name for _, name in wanted) if not missing else f"missing {', '.join(missing)}"
     return _finding("vLLM plugins", not missing, found, "install sparseserve: its folder on PYTHONPATH is not enough")
 
 

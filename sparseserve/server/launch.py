@@ -26,7 +26,7 @@ from sparseserve.types import LayerPlan, Role
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-OUR_PLUGINS = ["sparseserve", "sparseserve_metrics"]
+OUR_PLUGINS = ["sparseserve", "sparseserve_front", "sparseserve_metrics", "sparseserve_routes"]
 ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
 WORKER_EXTENSION = "sparseserve.plugin.worker.StatsExtension"
 CUDA_PAGE = 64  # tokens, at least; vLLM's 16 hold no unit of most policies

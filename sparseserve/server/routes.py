@@ -1,0 +1,25 @@
+"""/v1/sparsity: the active policy, its plan and what it does, live."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
+
+
+class RoutesEndpoint:
+    """vLLM endpoint plugin (`vllm.endpoint_plugins`)."""
+
+    name = "sparseserve_routes"
+    required_tasks: tuple[Any, ...] | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Nothing yet."""
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Nothing yet."""
