@@ -64,7 +64,7 @@ class StepBuffers:
         self._lse = torch.empty(rows, heads.query_heads, device=device)
         self._attended_dense = torch.zeros(len(plans), rows, 1, dtype=torch.int32, device=device)
         self._attended = torch.zeros(len(plans), rows, selection_heads, dtype=torch.int32, device=device)
-        self._whole = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._row_budget = torch.zeros(rows, dtype=torch.int32, device=device)
         # Layers with dense output keep everything and never write theirs.
         self._recall = torch.ones(len(plans), rows, device=device) if policy.measure_recall else None
 
@@ -76,7 +76,7 @@ class StepBuffers:
         windows = self._windows[:, :rows].copy_(self._window.spans(table.seq_lens))
         lengths = None
         if whole is not None:
-            lengths = self._whole[:rows].copy_(table.seq_lens * whole)
+            lengths = self._row_budget[:rows].copy_(table.seq_lens * whole)
             windows.clamp_(min=lengths[:, None, None])
         return Step(
             table=table,
@@ -87,7 +87,7 @@ class StepBuffers:
             lse=self._lse[:rows],
             attended_dense=self._attended_dense[:, :rows],
             attended=self._attended[:, :rows],
-            whole=lengths,
+            row_budget=lengths,
             scratch=self._memory.scratch,
             recall=None if self._recall is None else self._recall[:, :rows],
         )

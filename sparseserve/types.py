@@ -201,7 +201,8 @@ class Step:
     lse: Tensor  # [B, Hq] fp32, of the latest attend
     attended_dense: Tensor  # [L, B, 1] int32, tokens attended by layers with dense output
     attended: Tensor  # [L, B, Hs] int32, tokens attended by the other layers
-    whole: Tensor | None = None  # [B] int32, the length of rows that attend to everything, 0 for the others
+    # [B] int32 tokens: a row's budget instead of the plan's, its length where it attends to everything, 0 for the plan's
+    row_budget: Tensor | None = None
     scratch: Tensor | None = None  # where blocks meet, on CUDA
     recall: Tensor | None = None  # [L, B] fp32, softmax mass that a layer keeps, mean over query heads; when measured
 

@@ -194,8 +194,8 @@ def _numbers(step: Step) -> Tensor:
     """
     attended, attended_dense, resident = step.attended, step.attended_dense, step.table.seq_lens
     chosen = resident > 0  # [B]
-    if step.whole is not None:
-        chosen = chosen & (step.whole == 0)
+    if step.row_budget is not None:
+        chosen = chosen & (step.row_budget == 0)
         attended, attended_dense = attended * chosen[:, None], attended_dense * chosen[:, None]
         resident = resident * chosen
     dense = attended_dense.sum((1, 2), dtype=torch.float64)

@@ -229,7 +229,7 @@ class BudgetPolicy(Policy):
     def wanted(self, plan: LayerPlan, step: Step, threshold: float | None = None) -> Wanted:
         """What `step.selection` is to hold: the best units within the plan's budget, or all above a threshold."""
         assert plan.sink is not None and plan.recent is not None and plan.budget is not None
-        return Wanted(step.selection, plan.sink, plan.recent, plan.budget, threshold, step.whole)
+        return Wanted(step.selection, plan.sink, plan.recent, plan.budget, threshold, step.row_budget)
 
 
 class ScorePolicy(BudgetPolicy):

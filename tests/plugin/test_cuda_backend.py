@@ -179,7 +179,7 @@ def test_batches_of_short_rows_are_the_parents_unless_captured(start: Callable[.
     common = Batch(SHORT, [1, 1]).metadata(torch.zeros(2, 7, dtype=torch.int32), "cpu")
     assert worker.builder.build(0, common).step is None
     step = worker.builder.build_for_cudagraph_capture(common).step
-    assert step.whole.flatten().tolist() == SHORT
+    assert step.row_budget.flatten().tolist() == SHORT
 
 
 @pytest.mark.parametrize("batch", [DECODE, Batch(LENGTHS, [1, 1, 1, 1, 20, 5], [False] * 4 + [True] * 2)], ids=str)
@@ -207,7 +207,7 @@ def test_every_step_has_the_same_buffers(start: Callable[..., Worker], policy: P
         step = worker.builder.build_for_cudagraph_capture(Batch(lengths, [1] * 4).metadata(pages, "cpu")).step
         chosen = step.selection, step.everything
         buffers = [part for each in chosen for part in (each.spans, each.units, each.count)]
-        buffers += [step.windows, step.scores, step.lse, step.attended, step.attended_dense, step.whole]
+        buffers += [step.windows, step.scores, step.lse, step.attended, step.attended_dense, step.row_budget]
         buffers += [] if step.recall is None else [step.recall]
         return [buffer.data_ptr() for buffer in buffers]
 
