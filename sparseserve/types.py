@@ -201,7 +201,7 @@ class Step:
     lse: Tensor  # [B, Hq] fp32, of the latest attend
     attended_dense: Tensor  # [L, B, 1] int32, tokens attended by layers with dense output
     attended: Tensor  # [L, B, Hs] int32, tokens attended by the other layers
-    # [B] int32 tokens: a row's budget instead of the plan's, its length where it attends to everything, 0 for the plan's
+    # [B] int32 tokens: a row's budget in place of the plan's, its length where it attends to all, 0 for the plan's
     row_budget: Tensor | None = None
     scratch: Tensor | None = None  # where blocks meet, on CUDA
     recall: Tensor | None = None  # [L, B] fp32, softmax mass that a layer keeps, mean over query heads; when measured
