@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 OUR_PLUGINS = ["sparseserve", "sparseserve_front", "sparseserve_metrics", "sparseserve_routes"]
 ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
 WORKER_EXTENSION = "sparseserve.plugin.worker.StatsExtension"
+ENV_PAGE = "SPARSESERVE_PAGE"
 CUDA_PAGE = 64  # tokens, at least; vLLM's 16 hold no unit of most policies
 
 
@@ -37,8 +38,11 @@ def main(argv: list[str]) -> int:
     own = argparse.ArgumentParser("sparseserve serve")
     own.add_argument("--policy")
     own.add_argument("--set", action="append", default=[])
+    own.add_argument("--page", action="store_true")
     split = argv.index("--")
     ours = own.parse_args(argv[:split])
+    if ours.page:
+        os.environ[ENV_PAGE] = "1"  # read by the API server
     try:
         serve(find_policy(ours.policy, ours.set, os.environ), argv[split + 1 :])
     except SparseServeError as error:
@@ -190,7 +194,7 @@ def allowed_plugins(env: Mapping[str, str]) -> list[str]:
 
 def command_line(argv: list[str]) -> str:
     """The same server without our launcher, to copy and paste."""
-    plugins = ["VLLM_PLUGINS=" + os.environ["VLLM_PLUGINS"]]
+    plugins = [f"{name}={os.environ[name]}" for name in ("VLLM_PLUGINS", ENV_PAGE) if name in os.environ]
     try:
         distribution("vllm")
     except PackageNotFoundError:  # the console script needs it, repackaged builds lack it
