@@ -11,18 +11,24 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
     from sparseserve.plugin.stats import Snapshot
 
-ALIKE = {"sparseserve_info", "sparseserve_kv_capacity_gain"}  # in all workers
+ALIKE = {  # in all workers
+    "sparseserve_info",
+    "sparseserve_kv_capacity_gain",
+    "sparseserve_recall_floor",
+    "sparseserve_self_check",
+}
 SCRAPE_TIMEOUT = 2.0  # seconds; the engine answers between two steps, and a long prefill step may outlast a scrape
 
 
@@ -78,6 +84,7 @@ class MetricsEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the middleware; with several API servers the workers' files already reach /metrics."""
+        app.state.sparseserve_metrics = self
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             REGISTRY.register(self._metrics)
             app.add_middleware(ScrapeMiddleware, endpoint=self)
@@ -90,3 +97,12 @@ class MetricsEndpoint:
         """Ask the workers for their numbers, if there is an engine."""
         if self._engine_client is not None:
             await self._metrics.refresh(self._engine_client)
+
+
+async def current_metrics(state: State) -> CollectorRegistry:
+    """What /metrics would say now."""
+    registry: CollectorRegistry = get_prometheus_registry()
+    endpoint: MetricsEndpoint | None = getattr(state, "sparseserve_metrics", None)
+    if endpoint is not None and registry is REGISTRY:  # else the workers' files are read
+        await endpoint.refresh()
+    return registry
