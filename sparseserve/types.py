@@ -116,6 +116,9 @@ class Wanted:
 
     Rows within the budget are selected whole, without units. With a threshold, the units that score above it are
     selected instead, whatever the budget; the slots must hold all units then.
+
+    A row may have a budget of its own. Sink and recent tokens are taken even when they exceed it, and a row within it
+    is selected whole under a threshold, too.
     """
 
     selection: Selection
@@ -123,11 +126,16 @@ class Wanted:
     recent: Tensor  # [Hs] int32 tokens
     budget: Tensor  # [Hs] int32 tokens
     threshold: float | None = None
-    whole: Tensor | None = None  # [B] int32, not 0 for rows that are selected whole at any length
+    row_budget: Tensor | None = None  # [B] int32 tokens: a row's budget in place of the plan's, 0 for the plan's
+
+    def budget_of(self, row: int, budget: int) -> int:
+        """The budget of a row in tokens, where the plan's is `budget`."""
+        own = 0 if self.row_budget is None else int(self.row_budget[row])
+        return own if own > 0 else budget
 
     def takes_all(self, row: int, length: int, budget: int) -> bool:
-        """Whether a row of `length` tokens is selected whole under `budget`."""
-        return bool(self.whole is not None and self.whole[row]) or (self.threshold is None and length <= budget)
+        """Whether a row of `length` tokens is selected whole, where the plan's budget is `budget`."""
+        return length <= self.budget_of(row, budget if self.threshold is None else -1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,7 +218,7 @@ inline Scores scores_of(const Tensor& scores, int64_t rows, int64_t heads, const
 // None without `count`.
 inline Wanted wanted_of(int64_t unit_tokens, int64_t rows, const int32_t* seq_lens, const std::optional<Tensor>& sink,
                         const std::optional<Tensor>& recent, const std::optional<Tensor>& budget,
-                        std::optional<double> threshold, const std::optional<Tensor>& whole,
+                        std::optional<double> threshold, const std::optional<Tensor>& row_budget,
                         const std::optional<Tensor>& spans, const std::optional<Tensor>& units,
                         const std::optional<Tensor>& count) {
   if (!count) return {};
@@ -232,7 +232,7 @@ inline Wanted wanted_of(int64_t unit_tokens, int64_t rows, const int32_t* seq_le
           dense<int32_t>(*sink, "sink", ScalarType::Int, {selection.heads}),
           dense<int32_t>(*recent, "recent", ScalarType::Int, {selection.heads}),
           dense<int32_t>(*budget, "budget", ScalarType::Int, {selection.heads}),
-          whole ? dense<int32_t>(*whole, "whole", ScalarType::Int, {rows}) : nullptr,
+          row_budget ? dense<int32_t>(*row_budget, "row_budget", ScalarType::Int, {rows}) : nullptr,
           threshold.has_value(), static_cast<float>(threshold.value_or(0))};
 }
 

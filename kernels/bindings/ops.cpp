@@ -26,7 +26,7 @@ void attend(const Tensor& query, const Tensor& key, const Tensor& value, const T
 void score_tokens(const Tensor& query, const Tensor& key, const Tensor& pages, const Tensor& seq_lens,
                   const Tensor& lse, double scale, int64_t unit_tokens, Tensor scores,
                   std::optional<Tensor> sink, std::optional<Tensor> recent, std::optional<Tensor> budget,
-                  std::optional<double> threshold, std::optional<Tensor> whole, std::optional<Tensor> spans,
+                  std::optional<double> threshold, std::optional<Tensor> row_budget, std::optional<Tensor> spans,
                   std::optional<Tensor> units, std::optional<Tensor> count,
                   std::optional<Tensor> scratch) {
   const DeviceOf device(query);
@@ -36,8 +36,8 @@ void score_tokens(const Tensor& query, const Tensor& key, const Tensor& pages, c
                   "unit_tokens must be 1, 16, 32 or 64, not ", unit_tokens);
   const Scores to = scores_of(scores, q.rows, scores.size(1), cache.table.seq_lens, unit_tokens);
   check_heads(q.heads, cache.heads, scores.size(1));
-  const Wanted wanted = wanted_of(unit_tokens, q.rows, cache.table.seq_lens, sink, recent, budget, threshold, whole,
-                                  spans, units, count);
+  const Wanted wanted = wanted_of(unit_tokens, q.rows, cache.table.seq_lens, sink, recent, budget, threshold,
+                                  row_budget, spans, units, count);
   check_wanted(wanted, scores.size(1));
   kernels::score_tokens({q, cache, dense<float>(lse, "lse", ScalarType::Float, {q.rows, q.heads}),
                          static_cast<float>(scale), unit_tokens, scores.size(1), to, wanted,
@@ -47,7 +47,7 @@ void score_tokens(const Tensor& query, const Tensor& key, const Tensor& pages, c
 void score_pages(const Tensor& query, const Tensor& summary, const Tensor& pages, const Tensor& seq_lens,
                  int64_t unit_tokens, int64_t bound, Tensor scores,
                  std::optional<Tensor> sink, std::optional<Tensor> recent, std::optional<Tensor> budget,
-                 std::optional<double> threshold, std::optional<Tensor> whole, std::optional<Tensor> spans,
+                 std::optional<double> threshold, std::optional<Tensor> row_budget, std::optional<Tensor> spans,
                  std::optional<Tensor> units, std::optional<Tensor> count,
                  std::optional<Tensor> scratch) {
   const DeviceOf device(query);
@@ -58,7 +58,7 @@ void score_pages(const Tensor& query, const Tensor& summary, const Tensor& pages
   const PageTable table = table_of(pages, seq_lens, q.rows, pool.units * unit_tokens);
   const Scores to = scores_of(scores, q.rows, kv_heads, table.seq_lens, unit_tokens);
   const Wanted wanted =
-      wanted_of(unit_tokens, q.rows, table.seq_lens, sink, recent, budget, threshold, whole, spans, units, count);
+      wanted_of(unit_tokens, q.rows, table.seq_lens, sink, recent, budget, threshold, row_budget, spans, units, count);
   check_wanted(wanted, kv_heads);
   kernels::score_pages({q, pool, kv_heads, table, unit_tokens, bound_of(bound), to, wanted,
                         wanted.any() ? scratch_of(scratch, q) : nullptr});
@@ -92,12 +92,12 @@ void write_tokens(const Tensor& key, const Tensor& value, const Tensor& slots, T
 
 void select_units(const Tensor& scores, const Tensor& seq_lens, int64_t unit_tokens, const Tensor& sink,
                   const Tensor& recent, const Tensor& budget, std::optional<double> threshold,
-                  std::optional<Tensor> whole, Tensor spans, Tensor units, Tensor count) {
+                  std::optional<Tensor> row_budget, Tensor spans, Tensor units, Tensor count) {
   const DeviceOf device(scores);
   const int64_t rows = scores.size(0);
   const int32_t* lens = dense<int32_t>(seq_lens, "seq_lens", ScalarType::Int, {rows});
   const Wanted wanted =
-      wanted_of(unit_tokens, rows, lens, sink, recent, budget, threshold, whole, spans, units, count);
+      wanted_of(unit_tokens, rows, lens, sink, recent, budget, threshold, row_budget, spans, units, count);
   kernels::select_units({scores_of(scores, rows, wanted.selection.heads, lens, unit_tokens), rows, wanted});
 }
 
@@ -122,7 +122,7 @@ void score_gates(const Tensor& query, const Tensor& summary, const Tensor& pages
                  int64_t unit_tokens, const Tensor& weight, std::optional<Tensor> norm, const Tensor& unrope,
                  std::optional<Tensor> rope, Tensor scores,
                  std::optional<Tensor> sink, std::optional<Tensor> recent, std::optional<Tensor> budget,
-                 std::optional<double> threshold, std::optional<Tensor> whole, std::optional<Tensor> spans,
+                 std::optional<double> threshold, std::optional<Tensor> row_budget, std::optional<Tensor> spans,
                  std::optional<Tensor> units, std::optional<Tensor> count) {
   const DeviceOf device(query);
   const Query q = query_of(query);
@@ -137,7 +137,7 @@ void score_gates(const Tensor& query, const Tensor& summary, const Tensor& pages
                     unrope.size(0), " positions of unrope");
   });
   const Wanted wanted =
-      wanted_of(unit_tokens, q.rows, table.seq_lens, sink, recent, budget, threshold, whole, spans, units, count);
+      wanted_of(unit_tokens, q.rows, table.seq_lens, sink, recent, budget, threshold, row_budget, spans, units, count);
   check_wanted(wanted, kv_heads);
   kernels::score_gates({q, pool, kv_heads, table, unit_tokens, gate, to, wanted});
 }
@@ -145,8 +145,8 @@ void score_gates(const Tensor& query, const Tensor& summary, const Tensor& pages
 void search_blocks(const Tensor& query, const Tensor& key, const Tensor& pages, const Tensor& seq_lens, Tensor state,
                    std::vector<int64_t> chunk_tokens, std::vector<int64_t> stage_tokens,
                    std::vector<int64_t> refresh_steps, const Tensor& sink, const Tensor& recent, const Tensor& budget,
-                   std::optional<Tensor> whole, Tensor spans, Tensor units, Tensor count, std::optional<Tensor> scores,
-                   std::optional<Tensor> scratch) {
+                   std::optional<Tensor> row_budget, Tensor spans, Tensor units, Tensor count,
+                   std::optional<Tensor> scores, std::optional<Tensor> scratch) {
   const DeviceOf device(query);
   SearchBlocksParams params{};
   copy_list(chunk_tokens, "chunk_tokens", params.chunk_tokens);
@@ -156,7 +156,7 @@ void search_blocks(const Tensor& query, const Tensor& key, const Tensor& pages, 
   params.cache = key_cache(key, q, pages, seq_lens);
   const int64_t unit = params.chunk_tokens[kSearchStages - 1];
   const Wanted& wanted = params.wanted =
-      wanted_of(unit, q.rows, params.cache.table.seq_lens, sink, recent, budget, {}, whole, spans, units, count);
+      wanted_of(unit, q.rows, params.cache.table.seq_lens, sink, recent, budget, {}, row_budget, spans, units, count);
   const int64_t heads = wanted.selection.heads;
   check_heads(q.heads, params.cache.heads, heads);
   check_values(heads, [&](int64_t h) {

@@ -60,8 +60,8 @@ class BlockSearch {
       return;
     }
     const int64_t recent = wanted_.recent[head];
-    spans[0] = wanted_.sink[head];
-    spans[1] = static_cast<int32_t>(length - recent);
+    spans[0] = static_cast<int32_t>(std::min<int64_t>(wanted_.sink[head], length));
+    spans[1] = static_cast<int32_t>(std::max<int64_t>(length - recent, spans[0]));
     const int64_t page = cache.table.pages[row * cache.table.stride + (length - 1) / cache.page_size];
     int32_t* state = params_.state + page * params_.state_page_stride + head * params_.state_head_stride;
     searches_.push_back({row, head, length, length - std::max<int64_t>(0, recent - params_.chunk_tokens[0]),
@@ -85,7 +85,7 @@ class BlockSearch {
   // The most chunks that a stage keeps.
   int64_t most(const Search& search, int stage) const {
     if (stage + 1 < kStages) return params_.stage_tokens[stage] / params_.chunk_tokens[stage];
-    const int64_t tokens = wanted_.budget[search.head] - wanted_.sink[search.head] - wanted_.recent[search.head];
+    const int64_t tokens = std::max(0, wanted_.unit_budget(search.row, search.head));
     return std::min(tokens / params_.chunk_tokens[stage], selection_.slots);
   }
 

@@ -79,7 +79,7 @@ void select(const SelectParams& params, int64_t row, int64_t head) {
     selection.count[at] = static_cast<int32_t>(take_above(scores, first, last, wanted.threshold, units));
     return;
   }
-  const int64_t count = std::min({last - first, (wanted.budget[head] - sink - recent) / unit, selection.slots});
+  const int64_t count = std::min({last - first, wanted.unit_budget(row, head) / unit, selection.slots});
   if (count <= 0) return;
   selection.count[at] = static_cast<int32_t>(count);
   take_best(scores, first, last, count, units);

@@ -129,8 +129,9 @@ class BlockSearch {
     for (int i = threadIdx.x; i < count; i += kSearchThreads)
       selection.units[at * selection.slots + i] = starts[i] / unit;
     if (threadIdx.x != 0) return;
-    selection.spans[2 * at] = p_.wanted.sink[head_];
-    selection.spans[2 * at + 1] = length_ - p_.wanted.recent[head_];
+    const int first = min(p_.wanted.sink[head_], length_);
+    selection.spans[2 * at] = first;
+    selection.spans[2 * at + 1] = max(length_ - p_.wanted.recent[head_], first);
     selection.count[at] = count;
   }
 
@@ -168,7 +169,7 @@ class BlockSearch {
 
   __device__ int most(int stage) const {
     if (stage + 1 < kSearchStages) return static_cast<int>(p_.stage_tokens[stage] / p_.chunk_tokens[stage]);
-    const int tokens = p_.wanted.budget[head_] - p_.wanted.sink[head_] - p_.wanted.recent[head_];
+    const int tokens = max(0, p_.wanted.unit_budget(row_, head_));
     return min(tokens / static_cast<int>(p_.chunk_tokens[stage]), static_cast<int>(p_.wanted.selection.slots));
   }
 

@@ -25,7 +25,7 @@ __device__ void select_row(const Scores& of, const Wanted& wanted, int row, int 
     const auto kind = [&](int i) { return scores[i] > wanted.threshold ? 2 : 0; };
     count = write_taken<Threads>(middle, 0, kind, write, shared);
   } else {
-    count = min(min(middle, (wanted.budget[head] - sink - recent) / unit), static_cast<int>(selection.slots));
+    count = min(min(middle, wanted.unit_budget(row, head) / unit), static_cast<int>(selection.slots));
     if (count > 0) write_best<Threads>(middle, count, [&](int i) { return key_of(scores[i]); }, write, shared);
   }
   if (threadIdx.x == 0) {

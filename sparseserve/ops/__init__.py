@@ -222,7 +222,7 @@ def search_blocks(
         wanted.sink,
         wanted.recent,
         wanted.budget,
-        wanted.whole,
+        wanted.row_budget,
         selection.spans,
         selection.units,
         selection.count,
@@ -317,5 +317,5 @@ def _parts(wanted: Wanted | None) -> tuple[Tensor | float | None, ...]:
     if wanted is None:
         return (None,) * 8
     selection = wanted.selection
-    limits = wanted.sink, wanted.recent, wanted.budget, wanted.threshold, wanted.whole
+    limits = wanted.sink, wanted.recent, wanted.budget, wanted.threshold, wanted.row_budget
     return *limits, selection.spans, selection.units, selection.count

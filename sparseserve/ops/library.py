@@ -10,7 +10,7 @@ import torch
 
 # A selection to be filled, if any.
 _WANTED = (
-    "Tensor? sink=None, Tensor? recent=None, Tensor? budget=None, float? threshold=None, Tensor? whole=None, "
+    "Tensor? sink=None, Tensor? recent=None, Tensor? budget=None, float? threshold=None, Tensor? row_budget=None, "
     "Tensor(b!)? spans=None, Tensor(c!)? units=None, Tensor(d!)? count=None"
 )
 _SCRATCH = "Tensor(e!)? scratch=None"
@@ -25,9 +25,9 @@ SCHEMAS = {
     "score_gates": "(Tensor query, Tensor summary, Tensor pages, Tensor seq_lens, int unit_tokens, Tensor weight, "
     f"Tensor? norm, Tensor unrope, Tensor? rope, Tensor(a!) scores, {_WANTED}) -> ()",
     "select_units": "(Tensor scores, Tensor seq_lens, int unit_tokens, Tensor sink, Tensor recent, Tensor budget, "
-    "float? threshold, Tensor? whole, Tensor(a!) spans, Tensor(b!) units, Tensor(c!) count) -> ()",
+    "float? threshold, Tensor? row_budget, Tensor(a!) spans, Tensor(b!) units, Tensor(c!) count) -> ()",
     "search_blocks": "(Tensor query, Tensor key, Tensor pages, Tensor seq_lens, Tensor(a!) state, int[] chunk_tokens, "
-    "int[] stage_tokens, int[] refresh_steps, Tensor sink, Tensor recent, Tensor budget, Tensor? whole, "
+    "int[] stage_tokens, int[] refresh_steps, Tensor sink, Tensor recent, Tensor budget, Tensor? row_budget, "
     f"Tensor(b!) spans, Tensor(c!) units, Tensor(d!) count, Tensor(f!)? scores=None, {_SCRATCH}) -> ()",
     "write_tokens": "(Tensor key, Tensor value, Tensor slots, Tensor(a!) to_key, Tensor(b!) to_value, "
     "Tensor places) -> ()",

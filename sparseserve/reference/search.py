@@ -36,14 +36,14 @@ def search_blocks(
                 selection.count[row, head] = 0
                 continue
             keep = [tokens // chunk for tokens, chunk in zip(stage_tokens, chunk_tokens, strict=False)]
-            keep.append(min((most - first - last) // chunk_tokens[-1], slots))
+            keep.append(min(max(0, wanted.budget_of(row, most) - first - last) // chunk_tokens[-1], slots))
             limit = length - max(0, last - chunk_tokens[0])  # chunks start before it
             memory = state[pages[row, (length - 1) // page_size], head]
             kept = torch.split(memory[4 : 4 + sum(keep)], keep)  # first tokens
             for stage in range(_first_stage(int(memory[0]), length, page_size, refresh_steps), len(chunk_tokens)):
                 chunk = chunk_tokens[stage]
                 if stage == 0:
-                    starts = torch.arange(first, limit, chunk)
+                    starts = torch.arange(first, max(first, limit), chunk)
                 else:
                     parents = kept[stage - 1][: memory[stage], None]
                     starts = (parents + torch.arange(0, chunk_tokens[stage - 1], chunk)).flatten()
@@ -53,7 +53,8 @@ def search_blocks(
                 kept[stage][: len(best)] = best
                 memory[0], memory[1 + stage] = length, len(best)
             count = int(memory[3])
-            selection.spans[row, head] = torch.tensor([first, length - last])
+            start = min(first, length)
+            selection.spans[row, head] = torch.tensor([start, max(length - last, start)])
             selection.units[row, head, :count] = kept[-1][:count] // chunk_tokens[-1]
             selection.count[row, head] = count
 

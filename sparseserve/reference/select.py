@@ -23,7 +23,7 @@ def select_units(scores: Tensor, seq_lens: Tensor, wanted: Wanted) -> None:
             candidates = scores[row, head, list(middle)].nan_to_num(-torch.inf, torch.inf, -torch.inf)
             best = candidates.sort(descending=True, stable=True).indices
             if threshold is None:
-                best = best[: min(slots, (most - first - last) // unit_tokens)]
+                best = best[: min(slots, max(0, wanted.budget_of(row, most) - first - last) // unit_tokens)]
             else:
                 best = best[candidates[best] > threshold]
             start = min(first, length)

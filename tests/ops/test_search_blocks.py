@@ -1,5 +1,6 @@
 """search_blocks: exactly the reference, on keys and queries of whole numbers, whose products sum without rounding."""
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,12 +33,13 @@ class Rules:
     sink: int = 8
     recent: int = 100
     budget: int = 200
+    row_budget: tuple[int, ...] = ()  # of all rows of the case, if any
 
     @property
     def lists(self) -> list[int]:
         """Sizes of the lists in the state."""
         kept = [tokens // chunk for tokens, chunk in zip(self.stage_tokens, self.chunk_tokens, strict=False)]
-        return [*kept, (self.budget - self.sink - self.recent) // self.chunk_tokens[2]]
+        return [*kept, (max(self.budget, *self.row_budget, 0) - self.sink - self.recent) // self.chunk_tokens[2]]
 
     def limit(self, length: int) -> int:
         """Chunks start before it."""
@@ -60,10 +62,11 @@ class Searcher:
         sink, recent, budget = (
             torch.full((self.heads,), tokens, dtype=torch.int32) for tokens in (rules.sink, rules.recent, rules.budget)
         )
+        own = torch.tensor([rules.row_budget[row] for row in rows], dtype=torch.int32) if rules.row_budget else None
         self.function(
             case.query[rows], case.kv.key, case.pages[rows], torch.tensor(lengths, dtype=torch.int32), self.state,
             chunk_tokens=rules.chunk_tokens, stage_tokens=rules.stage_tokens, refresh_steps=rules.refresh_steps,
-            wanted=Wanted(selection, sink, recent, budget),
+            wanted=Wanted(selection, sink, recent, budget, row_budget=own),
         )  # fmt: skip
         return selection
 
@@ -120,6 +123,38 @@ def test_unusual_rules_equal_reference(rules: Rules) -> None:
     selections = [Searcher(f, case, 2, rules)(LENGTHS) for f in (ops.search_blocks, reference.search_blocks)]
     assert_same(*selections)
     assert bool(selections[0].count.any()) == (rules.budget > 109)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_budgets_of_rows_equal_reference(seed: int, isa: str) -> None:
+    """None, less than sink and recent tokens, less and more than the plan's, more than the length."""
+    draw = random.Random(seed)
+    choices = [0, draw.randint(1, 107), draw.randint(108, 200), draw.randint(201, 600), 2000]
+    case = whole_numbers([length + 9 for length in LENGTHS])
+    rules = Rules(row_budget=tuple(draw.choices(choices, k=len(LENGTHS))))
+    kernel, plain = (Searcher(f, case, 2, rules) for f in (ops.search_blocks, reference.search_blocks))
+    for step in range(9):
+        lengths = [length + step if length else 0 for length in LENGTHS]
+        assert_same(kernel(lengths), plain(lengths))
+        assert torch.equal(kernel.state, plain.state)
+
+
+@BOTH
+@pytest.mark.parametrize("budget", [150, 220])
+def test_a_budget_of_every_row_is_a_budget(function: Callable[..., None], budget: int) -> None:
+    case, lengths = whole_numbers([700, 200]), [700, 200]
+    own = Searcher(function, case, rules=Rules(row_budget=(budget, budget)))(lengths)
+    plan = Searcher(function, case, rules=Rules(budget=budget))(lengths)
+    assert torch.equal(own.spans, plan.spans)
+    assert units(own, 0) == units(plan, 0) and units(own, 1) == units(plan, 1)
+    assert own.count.flatten().tolist() == [(budget - 108) // 8, 5 if budget == 150 else 0]
+
+
+@BOTH
+def test_sink_and_recent_tokens_are_taken_whatever_the_budget_of_a_row(function: Callable[..., None]) -> None:
+    rules = Rules(sink=16, row_budget=(10, 10, 10))
+    selection = Searcher(function, whole_numbers([300, 90, 12]), rules=rules)([300, 90, 12])
+    assert selection.spans[:, 0].tolist() == [[16, 200], [16, 16], [12, 12]] and not selection.count.any()
 
 
 @pytest.mark.parametrize("chunk", [8, 32, 256])

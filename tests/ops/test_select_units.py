@@ -10,10 +10,11 @@ from sparseserve.types import Selection, Wanted
 
 
 def select(function: object, scores: torch.Tensor, lengths: list[int], bounds: torch.Tensor, slots: int,
-           unit: int, threshold: float | None = None, whole: torch.Tensor | None = None) -> Selection:  # fmt: skip
+           unit: int, threshold: float | None = None, row_budget: list[int] | None = None) -> Selection:  # fmt: skip
     selection = Selection.empty(len(lengths), scores.shape[1], slots, unit)
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
-    function(scores, seq_lens, Wanted(selection, *bounds.int(), threshold, whole))  # type: ignore[operator]
+    own = None if row_budget is None else torch.tensor(row_budget, dtype=torch.int32)
+    function(scores, seq_lens, Wanted(selection, *bounds.int(), threshold, own))  # type: ignore[operator]
     return selection
 
 
@@ -40,8 +41,10 @@ def test_equals_reference(device: str, data: st.DataObject) -> None:
     threshold = draw(st.sampled_from([None, -torch.inf, -1.0, 0.0, 0.5]))
     slots = 40 if threshold is not None else draw(st.integers(1, 25))
     both = ops.select_units, reference.select_units
-    whole = torch.tensor(draw(st.lists(st.integers(0, 1), min_size=rows, max_size=rows)), dtype=torch.int32)
-    assert_same(*(select(function, scores, lengths, bounds, slots, unit, threshold, whole) for function in both))
+    # None, less than sink and recent tokens, and up to more than the length.
+    budgets = st.one_of(st.just(0), st.integers(1, 3 * unit), st.integers(1, 45 * unit))
+    own = draw(st.none() | st.lists(budgets, min_size=rows, max_size=rows))
+    assert_same(*(select(function, scores, lengths, bounds, slots, unit, threshold, own) for function in both))
 
 
 def test_ties_go_to_the_lower_unit(device: str) -> None:
@@ -84,11 +87,37 @@ def test_short_rows_are_selected_whole(device: str) -> None:
     assert selection.spans.tolist() == [[[0, 0]], [[100, 100]]] and selection.count.tolist() == [[0], [0]]
 
 
-def test_whole_rows_are_selected_whole_at_any_length(device: str) -> None:
-    scores, whole = torch.zeros(2, 1, 10), torch.tensor([0, 7], dtype=torch.int32)
-    for threshold in (None, -1.0):
-        selection = select(ops.select_units, scores, [10, 10], torch.tensor([[1], [2], [4]]), 10, 1, threshold, whole)
-        assert selection.spans[:, 0].tolist() == [[1, 8], [10, 10]] and bool(selection.count[0]) > selection.count[1]
+@pytest.mark.parametrize("budget", [96, 100, 300, 900, 1000])
+def test_a_budget_of_every_row_is_a_budget(device: str, budget: int) -> None:
+    scores = torch.randn(3, 2, 63, generator=torch.Generator().manual_seed(0))
+    plan = torch.tensor([[4, 32], [64, 64], [400, 96]])
+    same = plan.clone()
+    same[2] = budget
+    lengths = [1000, 120, 0]
+    own = select(ops.select_units, scores, lengths, plan, 60, 16, row_budget=[budget] * 3)
+    assert_same(own, select(ops.select_units, scores, lengths, same, 60, 16))
+    assert own.count[0].tolist() == [(budget - 68) // 16, (budget - 96) // 16] if budget < 1000 else [0, 0]
+
+
+@pytest.mark.parametrize("threshold", [None, -1.0])
+def test_rows_within_their_own_budget_are_selected_whole(device: str, threshold: float | None) -> None:
+    scores, bounds = torch.zeros(3, 1, 10), torch.tensor([[1], [2], [4]])
+    selection = select(ops.select_units, scores, [10] * 3, bounds, 10, 1, threshold, row_budget=[0, 10, 11])
+    assert selection.spans[:, 0].tolist() == [[1, 8], [10, 10], [10, 10]]
+    assert selection.count.flatten().tolist() == [1 if threshold is None else 7, 0, 0]
+
+
+def test_under_a_threshold_a_smaller_budget_of_a_row_changes_nothing(device: str) -> None:
+    scores, bounds = torch.randn(2, 1, 10, generator=torch.Generator().manual_seed(0)), torch.tensor([[1], [2], [4]])
+    plain, own = (select(ops.select_units, scores, [10, 10], bounds, 10, 1, 0.0, of) for of in (None, [9, 1]))
+    assert_same(plain, own)
+    assert plain.count.all()
+
+
+def test_sink_and_recent_tokens_are_taken_whatever_the_budget_of_a_row(device: str) -> None:
+    bounds = torch.tensor([[3], [4], [9]])
+    selection = select(ops.select_units, torch.zeros(3, 1, 10), [10, 6, 2], bounds, 10, 1, row_budget=[2, 1, 1])
+    assert selection.spans[:, 0].tolist() == [[3, 6], [3, 3], [2, 2]] and not selection.count.any()
 
 
 def test_scores_must_hold_the_longest_row() -> None:

@@ -79,12 +79,12 @@ def scored(request: pytest.FixtureRequest) -> Scored:
     return make(paged_kv(LENGTHS, SHAPE, PAGE, torch.bfloat16, poison=0.0), unit)
 
 
-def wanted(scored: Scored, threshold: float | None = None, whole: Tensor | None = None) -> Wanted:
+def wanted(scored: Scored, threshold: float | None = None, row_budget: Tensor | None = None) -> Wanted:
     """Every head has its own sink, window and budget."""
     slots = 1536 // scored.unit
     selection = Selection.empty(len(LENGTHS), scored.heads, slots, scored.unit)
     sink, recent = (torch.arange(scored.heads, dtype=torch.int32) * tokens for tokens in (5, 40))
-    return Wanted(selection, sink, recent, sink + recent + 200, threshold, whole)
+    return Wanted(selection, sink, recent, sink + recent + 200, threshold, row_budget)
 
 
 def assert_same(one: Selection, other: Selection) -> None:
@@ -93,12 +93,12 @@ def assert_same(one: Selection, other: Selection) -> None:
 
 
 @pytest.mark.parametrize("threshold", [None, -2.0])
-@pytest.mark.parametrize("whole", [None, [0, 0, 1, 0, 1, 0]], ids=["", "whole"])
+@pytest.mark.parametrize("row_budget", [None, [0, 500, 20, 700, 333, 90]], ids=["", "row_budget"])
 def test_scoring_and_selecting_at_once_is_scoring_then_selecting(
-    scored: Scored, threshold: float | None, whole: list[int] | None
+    scored: Scored, threshold: float | None, row_budget: list[int] | None
 ) -> None:
-    rows = None if whole is None else torch.tensor(whole, dtype=torch.int32)
-    expected, at_once, again = (wanted(scored, threshold, rows) for _ in range(3))
+    own = None if row_budget is None else torch.tensor(row_budget, dtype=torch.int32)
+    expected, at_once, again = (wanted(scored, threshold, own) for _ in range(3))
     scores = scored.scores()
     ops.select_units(scores, torch.tensor(LENGTHS, dtype=torch.int32), expected)
     assert torch.equal(scored.scores(at_once), scores)

@@ -104,20 +104,28 @@ struct Scores {
 };
 
 // A selection to be filled: sink, recent tokens, and the best units that the budget still allows, or all above
-// a threshold.
+// a threshold. A row within a budget of its own is taken whole under a threshold, too.
 struct Wanted {
-  Selection selection;      // its `count` is null when none is wanted
-  const int32_t* seq_lens;  // [B]
-  const int32_t* sink;      // [Hs] tokens
-  const int32_t* recent;    // [Hs] tokens
-  const int32_t* budget;    // [Hs] tokens
-  const int32_t* whole;     // [B], not 0 for rows that are selected whole; or null
+  Selection selection;        // its `count` is null when none is wanted
+  const int32_t* seq_lens;    // [B]
+  const int32_t* sink;        // [Hs] tokens
+  const int32_t* recent;      // [Hs] tokens
+  const int32_t* budget;      // [Hs] tokens
+  const int32_t* row_budget;  // [B] tokens in place of `budget`, 0 for that; or null
   bool by_threshold;
   float threshold;
 
   constexpr bool any() const { return selection.count != nullptr; }
+  constexpr int32_t budget_of(int64_t row, int32_t plan) const {
+    const int32_t own = row_budget ? row_budget[row] : 0;
+    return own > 0 ? own : plan;
+  }
   constexpr bool takes_all(int64_t row, int64_t head) const {
-    return (whole && whole[row] != 0) || (!by_threshold && seq_lens[row] <= budget[head]);
+    return seq_lens[row] <= budget_of(row, by_threshold ? -1 : budget[head]);
+  }
+  // What the budget leaves for units, less than 0 where sink and recent tokens exceed it.
+  constexpr int32_t unit_budget(int64_t row, int64_t head) const {
+    return budget_of(row, budget[head]) - sink[head] - recent[head];
   }
 };
 
