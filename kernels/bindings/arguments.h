@@ -164,6 +164,16 @@ inline TokenRows token_rows_of(const Tensor& x, const char* name, int64_t tokens
   return {x.const_data_ptr(), x.stride(0), x.stride(1)};
 }
 
+// Outputs [B, Hq, D] of attention, with their log-sum-exp.
+inline Outputs outputs_of(const Tensor& out, const char* name, const Tensor& lse, const char* lse_name, int64_t rows,
+                          int64_t heads, int64_t head_dim, ScalarType type) {
+  check_shape(out, name, {rows, heads, head_dim});
+  check_type(out, name, type);
+  check_stride(out, name, 2, 1);
+  return {out.const_data_ptr(), out.stride(0), out.stride(1),
+          dense<float>(lse, lse_name, ScalarType::Float, {rows, heads})};
+}
+
 inline Cache key_cache(const Tensor& key, const Query& query, const Tensor& pages, const Tensor& seq_lens,
                        const std::optional<Tensor>& places = {}) {
   const Pool keys = keys_of(key);

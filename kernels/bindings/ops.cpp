@@ -90,6 +90,19 @@ void write_tokens(const Tensor& key, const Tensor& value, const Tensor& slots, T
                          static_cast<const int64_t*>(slots.const_data_ptr()), slots.stride(0)});
 }
 
+void compare_outputs(const Tensor& out, const Tensor& lse, const Tensor& dense_out, const Tensor& dense_lse,
+                     Tensor recall, Tensor error) {
+  const DeviceOf device(out);
+  check_shape(out, "out", {-1, -1, -1});
+  const int64_t rows = out.size(0), heads = out.size(1), dim = check_head_dim(out.size(2));
+  const ScalarType type = out.scalar_type();
+  kernels::compare_outputs({outputs_of(out, "out", lse, "lse", rows, heads, dim, type),
+                            outputs_of(dense_out, "dense_out", dense_lse, "dense_lse", rows, heads, dim, type),
+                            dtype_of(out, "out"), rows, heads, dim,
+                            dense<float>(recall, "recall", ScalarType::Float, {rows}),
+                            dense<float>(error, "error", ScalarType::Float, {rows})});
+}
+
 void select_units(const Tensor& scores, const Tensor& seq_lens, int64_t unit_tokens, const Tensor& sink,
                   const Tensor& recent, const Tensor& budget, std::optional<double> threshold,
                   std::optional<Tensor> row_budget, Tensor spans, Tensor units, Tensor count) {
@@ -195,6 +208,7 @@ STABLE_TORCH_LIBRARY_IMPL(SPARSESERVE_LIBRARY, SPARSESERVE_DISPATCH_KEY, m) {
   m.impl("summarize_pages", TORCH_BOX(&summarize_pages));
   m.impl("select_units", TORCH_BOX(&select_units));
   m.impl("write_tokens", TORCH_BOX(&write_tokens));
+  m.impl("compare_outputs", TORCH_BOX(&compare_outputs));
   m.impl("summarize_gates", TORCH_BOX(&summarize_gates));
   m.impl("score_gates", TORCH_BOX(&score_gates));
   m.impl("search_blocks", TORCH_BOX(&search_blocks));

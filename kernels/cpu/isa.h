@@ -72,6 +72,8 @@ struct Isa {
   void (*summarize_gate)(const SummarizeGatesParams&, int64_t token, float* angles);
   // Scores of all units of one row and KV head.
   void (*score_gates)(const ScoreGatesParams&, int64_t row, int64_t head);
+  // |sparse - dense|^2 and |dense|^2 of one head's output.
+  void (*square_outputs)(const CompareParams&, int64_t row, int64_t head, float* squares);
 };
 
 const Isa& isa();

@@ -16,6 +16,7 @@ void search_blocks(const SearchBlocksParams& params);
 void summarize_gates(const SummarizeGatesParams& params);
 void score_gates(const ScoreGatesParams& params);
 void write_tokens(const WriteParams& params);
+void compare_outputs(const CompareParams& params);
 
 // The instruction set in use: the best one of this machine until another one is chosen.
 const char* isa_name();

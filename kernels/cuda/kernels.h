@@ -14,5 +14,6 @@ void search_blocks(const SearchBlocksParams& params);
 void summarize_gates(const SummarizeGatesParams& params);
 void score_gates(const ScoreGatesParams& params);
 void write_tokens(const WriteParams& params);
+void compare_outputs(const CompareParams& params);
 
 }  // namespace sparseserve::cuda

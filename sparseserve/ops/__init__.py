@@ -27,6 +27,7 @@ from sparseserve.types import Bound, Gate, PagedKV, Selection, Wanted
 
 __all__ = [
     "attend",
+    "compare_outputs",
     "isa",
     "most_chunks",
     "score_gates",
@@ -296,6 +297,20 @@ def attend(
         _scratch(scratch, query),
     )
     return out, lse
+
+
+def compare_outputs(
+    out: Tensor, lse: Tensor, dense_out: Tensor, dense_lse: Tensor, recall: Tensor, error: Tensor
+) -> None:
+    """Write what attention over a selection loses against dense attention, means over the query heads of a row.
+
+    out, dense_out [B, Hq, D] of one dtype, strides of rows and heads free; lse, dense_lse [B, Hq] fp32, natural log.
+    recall [B] fp32 is exp(lse - dense_lse), the softmax mass that the selection keeps; error [B] fp32 is
+    |out - dense_out| / |dense_out|, and 0 where nothing differs. A row in which dense attention of a head took nothing,
+    dense_lse -inf, gives NaN in both. A row's result does not depend on the other rows.
+    """
+    kernels(out.device.type)
+    torch.ops.sparseserve.compare_outputs(out, lse, dense_out, dense_lse, recall, error)
 
 
 def step_scratch(rows: int, heads: int, head_dim: int, device: torch.device) -> Tensor:

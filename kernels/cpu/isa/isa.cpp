@@ -1,5 +1,6 @@
 // The table of one instruction set.
 #include "attend.h"
+#include "compare.h"
 #include "gate.h"
 #include "score.h"
 #include "search.h"
@@ -12,6 +13,7 @@ namespace sparseserve::cpu::SPARSESERVE_ISA {
 
 extern const Isa kIsa;
 const Isa kIsa = {SPARSESERVE_STRING(SPARSESERVE_ISA), attend_chunk, merge_chunks, token_mass, score_units,
-                  load_queries, summarize_unit, chunk_scores, summarize_gate, score_gates};
+                  load_queries, summarize_unit, chunk_scores, summarize_gate, score_gates,
+                  square_outputs};
 
 }  // namespace sparseserve::cpu::SPARSESERVE_ISA

@@ -238,6 +238,27 @@ struct WriteParams {
   constexpr int64_t slot_of(int64_t token, int64_t head) const { return slots[places[2 * head] * slots_stride + token]; }
 };
 
+// What attention gave, [B, Hq, D]; the dims are dense.
+struct Outputs {
+  const void* data;
+  int64_t row_stride;
+  int64_t head_stride;
+  const float* lse;  // [B, Hq]
+
+  constexpr int64_t offset(int64_t row, int64_t head) const { return row * row_stride + head * head_stride; }
+};
+
+struct CompareParams {
+  Outputs sparse;
+  Outputs dense;
+  DType dtype;
+  int64_t rows;      // B
+  int64_t heads;     // Hq
+  int64_t head_dim;  // D
+  float* recall;     // [B]
+  float* error;      // [B]
+};
+
 constexpr int kSearchStages = 3;
 
 struct SearchBlocksParams {
