@@ -135,6 +135,26 @@ def test_long_rows_are_cut_and_merged(isa: str) -> None:
     assert attended.flatten().tolist() == [5000, 300]
 
 
+def test_rows_that_select_nothing_read_nothing(isa: str) -> None:
+    """Without slots, under one head for all; a row of everything stays as it is beside them."""
+    lengths, shape = [417, 0, 96, 5000], HeadShape(kv_heads=2, group=3, head_dim=64)
+    case = paged_kv(lengths, shape, 64, torch.bfloat16)
+    everything, some = (Selection.empty(len(lengths), 1, 0, 16) for _ in range(2))
+    everything.spans[:] = case.seq_lens[:, None, None]
+    some.spans.copy_(everything.spans)
+    nothing = torch.tensor([True, True, False, True])
+    some.spans[nothing, :, 0] = 0
+    dense = run(case, everything)
+    pages = case.pages.clone()
+    pages[nothing] = 1 << 30  # in no pool: a read would be the end of the process
+    out, lse, attended = run(replace(case, pages=pages), some)
+    assert (out[nothing] == 0).all() and (lse[nothing] == -torch.inf).all() and not attended[nothing].any()
+    for found, full in zip((out, lse, attended), dense, strict=True):
+        assert torch.equal(found[~nothing], full[~nothing])
+    plain = reference.attend(case.query, case.kv, case.pages, case.seq_lens, some, case.scale)
+    assert (plain[0][nothing] == 0).all() and torch.equal(plain[1] == -torch.inf, lse == -torch.inf)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_scores_stay_finite(dtype: torch.dtype, isa: str) -> None:
     case = paged_kv([200], HeadShape(1, 2, 64), 64, dtype)
