@@ -6,7 +6,7 @@ extra_body={"vllm_xargs": {"sparse_budget_tokens": 512}} model="NAME@budget-512"
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ def read_alias(model: str, names: list[str]) -> tuple[str, dict[str, Any]]:
 
 
 def aliases(name: str, policy: Policy) -> list[str]:
-    """The aliases of a served model to list: dense attention, and budgets half and twice as large, as far as allowed."""
+    """The aliases of a served model to list: dense attention, and half to four times its budget, as far as allowed."""
     if not policy.per_request:
         return []
     bounds = policy.budget_bounds
@@ -73,6 +73,13 @@ def aliases(name: str, policy: Policy) -> list[str]:
         budgets = [size for size in (tokens // 2, tokens, 2 * tokens, 4 * tokens) if bounds[0] <= size <= bounds[1]]
     endings = ([] if policy.frees_pages else ["dense"]) + [f"{BUDGET_ALIAS}{size}" for size in budgets]
     return [f"{name}{ALIAS}{ending}" for ending in endings]
+
+
+def own_names(names: Iterable[str], policy: Policy) -> list[str]:
+    """The served names without the aliases listed beside them."""
+    names = list(names)
+    listed = {alias for name in names for alias in aliases(name, policy)}
+    return [name for name in names if name not in listed]
 
 
 def _dense(value: object, policy: Policy) -> bool:

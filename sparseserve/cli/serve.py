@@ -16,6 +16,9 @@ def serve(
     pairs: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter; repeatable.")
     ] = None,
+    max_request_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Largest body of a request, in bytes; 32 MiB without.", show_default=False)
+    ] = None,
     page: Annotated[bool, typer.Option("--page", help="Serve the live page at /sparsity; off by default.")] = False,
 ) -> None:
     """Serve MODEL with vLLM's own server, decoding under a policy.
@@ -27,6 +30,7 @@ def serve(
     ours = ["--policy", policy] if policy else []
     for pair in pairs or []:
         ours += ["--set", pair]
+    ours += ["--max-request-bytes", str(max_request_bytes)] if max_request_bytes else []
     ours += ["--page"] if page else []
     # A child process of its own: this one stays small and tells a stop from a death.
     raise typer.Exit(supervise([sys.executable, "-m", "sparseserve.server", *ours, "--", *ctx.args]))

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from itertools import chain
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from sparseserve import ops
 from sparseserve.config import ADDITIONAL_CONFIG, PolicySource, find_policy, to_dict
 from sparseserve.errors import ConfigError, Problem, SparseServeError, UnsupportedError
 from sparseserve.memory import Memory, predict_memory
+from sparseserve.options import aliases, own_names
 from sparseserve.policies import Policy
 from sparseserve.server.supervise import SERVER_ENDED
 from sparseserve.types import LayerPlan, Role
@@ -30,6 +32,10 @@ OUR_PLUGINS = ["sparseserve", "sparseserve_front", "sparseserve_metrics", "spars
 ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
 WORKER_EXTENSION = "sparseserve.plugin.worker.StatsExtension"
 ENV_PAGE = "SPARSESERVE_PAGE"
+ENV_REQUEST_BYTES = "SPARSESERVE_MAX_REQUEST_BYTES"
+DRAIN_TIMEOUT = 30  # seconds; vLLM's own 0 cuts running answers
+ENV_PROMETHEUS, ENV_TEMPORARY = "PROMETHEUS_MULTIPROC_DIR", "TMPDIR"
+PASSED_ON = ("VLLM_PLUGINS", ENV_PAGE, ENV_REQUEST_BYTES)  # to the API server
 CUDA_PAGE = 64  # tokens, at least; vLLM's 16 hold no unit of most policies
 
 
@@ -38,11 +44,14 @@ def main(argv: list[str]) -> int:
     own = argparse.ArgumentParser("sparseserve serve")
     own.add_argument("--policy")
     own.add_argument("--set", action="append", default=[])
+    own.add_argument("--max-request-bytes")
     own.add_argument("--page", action="store_true")
     split = argv.index("--")
     ours = own.parse_args(argv[:split])
     if ours.page:
         os.environ[ENV_PAGE] = "1"  # read by the API server
+    if ours.max_request_bytes:
+        os.environ[ENV_REQUEST_BYTES] = ours.max_request_bytes  # read by the API server, too
     try:
         serve(find_policy(ours.policy, ours.set, os.environ), argv[split + 1 :])
     except SparseServeError as error:
@@ -79,11 +88,14 @@ def prepare(source: PolicySource, argv: list[str]) -> Launch:
     from vllm.platforms import current_platform
 
     from sparseserve.server.checks import check_supported, model_shape, plan_layers
+    from sparseserve.server.limits import max_request_bytes
 
+    max_request_bytes()  # raises ConfigError
     with vllm_errors():
         args = parse(argv)
+    check_metrics_folder(args, os.environ)
     policy = source.policy(args.model)
-    argv = [*argv, *policy_flags(policy, args)]
+    argv = [*argv, *policy_flags(policy, args), *server_flags(policy, args)]
     if current_platform.is_cuda():
         argv += cuda_flags(policy, args)
     with vllm_errors():
@@ -108,7 +120,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     new_parser: Callable[..., Any] = FlexibleArgumentParser
     parser = new_parser(prog="vllm")
     serve_command = ServeSubcommand()
-    serve_command.subparser_init(parser.add_subparsers(dest="subparser"))
+    serve_command.subparser_init(parser.add_subparsers(dest="subparser")).set_defaults(shutdown_timeout=DRAIN_TIMEOUT)
     args: argparse.Namespace = parser.parse_args(["serve", *argv])
     configure_logging_from_args(args)
     serve_command.validate(args)
@@ -155,6 +167,29 @@ def policy_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
     return [*chain.from_iterable(pairs), "--worker-extension-cls", WORKER_EXTENSION]
 
 
+def server_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
+    """What to add for the API server: time to drain, and aliases of the served models after the user's own names."""
+    names = own_names(args.served_model_name or [args.model], policy)
+    listed = dict.fromkeys([*names, *chain.from_iterable(aliases(name, policy) for name in names)])
+    return ["--shutdown-timeout", str(args.shutdown_timeout), "--served-model-name", *listed]
+
+
+def check_metrics_folder(args: argparse.Namespace, env: Mapping[str, str]) -> None:
+    """ConfigError when the folder in which several processes share metrics cannot be written."""
+    several = (args.api_server_count or args.data_parallel_size) > 1
+    names = [ENV_PROMETHEUS, *([ENV_TEMPORARY] if several else [])]
+    name = next((name for name in names if env.get(name)), None)
+    if name is None:
+        return
+    try:
+        with TemporaryFile(dir=env[name]):
+            pass
+    except OSError as error:
+        allowed = f"a folder that can be written ({error.strerror}): processes share their metrics in it"
+        remedy = f"make it, or change its owner; or unset {name}"
+        raise ConfigError(name, env[name], allowed, remedy=remedy) from None
+
+
 def cuda_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
     """What to add on CUDA: our backend for full attention, and pages of whole units unless the user gave a size."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -194,7 +229,7 @@ def allowed_plugins(env: Mapping[str, str]) -> list[str]:
 
 def command_line(argv: list[str]) -> str:
     """The same server without our launcher, to copy and paste."""
-    plugins = [f"{name}={os.environ[name]}" for name in ("VLLM_PLUGINS", ENV_PAGE) if name in os.environ]
+    plugins = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
     try:
         distribution("vllm")
     except PackageNotFoundError:  # the console script needs it, repackaged builds lack it

@@ -16,18 +16,23 @@ PR_SET_PDEATHSIG = 1
 
 
 def supervise(command: Sequence[str]) -> int:
-    """Run `command`, forward SIGTERM and SIGINT to it; 0 once it was told to stop, else its own exit code."""
+    """Run `command`; 0 once it was told to stop, else its own exit code.
+
+    The first SIGTERM or SIGINT tells it to finish what runs (SIGTERM), the second ends it at once.
+    """
     stopping = False
     # Its own session: Ctrl+C reaches it once, through us, and what it leaves behind can be found.
     child = subprocess.Popen(command, start_new_session=True)
 
-    def forward(signum: int, _: FrameType | None) -> None:
+    def stop(_: int, __: FrameType | None) -> None:
         nonlocal stopping
+        if stopping:
+            os.killpg(child.pid, signal.SIGKILL)
         stopping = True
-        child.send_signal(signum)
+        child.send_signal(signal.SIGTERM)
 
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, forward)
+        signal.signal(signum, stop)
     code = child.wait()
     with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)

@@ -214,7 +214,7 @@ def test_a_server_that_ends_by_itself_is_a_failure(monkeypatch: pytest.MonkeyPat
 
 
 def test_plugins_of_others_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = ["sparseserve", "sparseserve_metrics"]
+    ours = ["sparseserve", "sparseserve_front", "sparseserve_metrics", "sparseserve_routes"]
     installed = {"vllm.general_plugins": "lora", "vllm.endpoint_plugins": "routes", "console_scripts": "tool"}
     points = EntryPoints(EntryPoint(name, "module:function", group) for group, name in installed.items())
     monkeypatch.setattr(launch, "entry_points", lambda **only: points.select(**only) if only else points)

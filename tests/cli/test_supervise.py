@@ -71,12 +71,30 @@ def test_a_killed_server_is_a_failure(start: Start) -> None:
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("code", [0, SERVER_ENDED])
-def test_a_stop_is_forwarded_and_no_failure(start: Start, stop: signal.Signals, code: int) -> None:
-    handler = f"signal.signal({int(stop)}, lambda *_: sys.exit({code}))\n"
+def test_a_stop_is_told_as_sigterm_and_no_failure(start: Start, stop: signal.Signals, code: int) -> None:
+    handler = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({code}))\n"
     supervisor, server = start(handler + READY + "time.sleep(60)")
     supervisor.send_signal(stop)
     assert supervisor.wait(30) == 0
     assert not alive(server)
+
+
+def test_a_second_stop_ends_a_server_that_still_drains(start: Start) -> None:
+    handler = (
+        "signal.signal(signal.SIGTERM, lambda *_: print('draining', file=open(sys.argv[1] + 'd', 'w'), flush=True))\n"
+    )
+    supervisor, server = start(handler + READY + "while True: time.sleep(60)")
+    draining = Path(f"{_command(server)[-1]}d")
+    supervisor.send_signal(signal.SIGINT)
+    wait_until(draining.exists)
+    assert supervisor.poll() is None and alive(server)
+    supervisor.send_signal(signal.SIGINT)
+    assert supervisor.wait(30) == 0
+    assert not alive(server)
+
+
+def _command(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0").split("\0")
 
 
 def test_nothing_outlives_a_dead_server(start: Start) -> None:
