@@ -1,0 +1,44 @@
+"""promtool accepts the rules and their unit tests; every alert has both kinds of tests and a section in the runbook."""
+
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+
+import pytest
+import yaml
+from observability import ALERTS, DEPLOY, FOLDER
+
+promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="promtool (Debian package prometheus) is not installed"
+)
+
+
+@promtool
+@pytest.mark.parametrize(
+    "command", ["check rules rules.yml", "check config prometheus.yml", "test rules rules_test.yml"]
+)
+def test_promtool_accepts(command: str) -> None:
+    check = subprocess.run(["promtool", *command.split()], cwd=FOLDER, capture_output=True, text=True)
+    assert check.returncode == 0 and "SUCCESS" in check.stdout, check.stdout + check.stderr
+
+
+def test_every_alert_is_seen_firing_and_silent() -> None:
+    seen = defaultdict(set)
+    for group in yaml.safe_load((FOLDER / "rules_test.yml").read_text())["tests"]:
+        for test in group["alert_rule_test"]:
+            seen[test["alertname"]].add("exp_alerts" in test)
+    assert seen == dict.fromkeys(ALERTS, {True, False})
+
+
+def test_every_alert_says_what_how_bad_and_where_to_read_on() -> None:
+    for name, rule in ALERTS.items():
+        assert rule["labels"]["severity"] in ("critical", "warning", "info") and rule["for"]
+        assert {"summary", "description"} < set(rule["annotations"])
+        assert rule["annotations"]["runbook_url"] == f"deploy/RUNBOOK.md#{name.lower()}"
+
+
+def test_the_runbook_has_a_section_for_every_alert() -> None:
+    sections = re.split(r"^## ", (DEPLOY / "RUNBOOK.md").read_text(), flags=re.MULTILINE)[1:]
+    assert [section.split("\n", 1)[0] for section in sections] == list(ALERTS)
+    assert all(part in section for section in sections for part in ("**Means**", "**Look at**", "**Do**"))
