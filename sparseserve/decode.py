@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from sparseserve import ops
 from sparseserve.policies.base import Policy
-from sparseserve.types import LayerPlan, PagedKV, Role, Step
+from sparseserve.types import LayerPlan, Measurement, PagedKV, Role, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +42,23 @@ def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> 
         attended=attended[plan.layer],
         scratch=step.scratch,
     )
-    if step.recall is not None and not plan.dense_output:
-        _measure_recall(layer, step, query, step.recall[plan.layer])
     layer.policy.after_attend(query, layer.kv, layer.summary, plan, step, layer.scale, out)
+    if step.measurement is not None and plan.layer in step.measurement.layers:
+        _measure(layer, step, step.measurement, query, out)
     if selects and plan.dense_output:
         layer.policy.select(query, layer.kv, layer.summary, plan, step, layer.scale)
 
 
-def _measure_recall(layer: SparseLayer, step: Step, query: Tensor, recall: Tensor) -> None:
-    """Write the share of the softmax mass that the latest attend kept, the mean over query heads, into `recall` [B].
+def _measure(layer: SparseLayer, step: Step, measurement: Measurement, query: Tensor, out: Tensor) -> None:
+    """Attend once more, to the spans of the measurement, and compare.
 
-    exp(lse - lse of everything); a row of padding has no mass and gives NaN.
+    A row under the policy's floor takes the dense output at once, unless it is only to be reported.
     """
-    table = step.table
-    _, everything = ops.attend(
-        query, layer.kv, table.pages, table.seq_lens, step.everything, layer.scale, scratch=step.scratch
-    )
-    recall.copy_((step.lse - everything).exp().mean(1))
+    table, number = step.table, layer.plan.layer
+    spans = replace(step.everything, spans=measurement.spans[number])
+    dense, lse = ops.attend(query, layer.kv, table.pages, table.seq_lens, spans, layer.scale, scratch=step.scratch)
+    ops.compare_outputs(out, step.lse, dense, lse, measurement.recall[number], measurement.error[number])
+    floor = layer.policy.recall_floor
+    if floor is not None and layer.policy.recall_action != "report":
+        lost = measurement.recall[number] < floor  # NaN, of rows that are not measured, is not
+        torch.where(lost[:, None, None], dense, out, out=out)

@@ -7,6 +7,7 @@ SparseServeError
 ├── KernelsNotBuiltError  the compiled kernels are missing
 ├── ArtifactError         an artifact cannot be read or does not fit the model
 ├── FileError             a file cannot be written
+├── SelfCheckError       what a server computes is not what its policy says
 ├── CalibrationError      a model cannot be calibrated, or its numbers make no sense
 └── TuningError           what was measured does not tell which policy to serve
 """
@@ -101,6 +102,13 @@ class ArtifactError(SparseServeError):
 
 class FileError(SparseServeError):
     """A file cannot be written."""
+
+
+class SelfCheckError(SparseServeError):
+    """What a server computes is not what its policy says."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"the check at start-up failed: {message}")
 
 
 class CalibrationError(SparseServeError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseserve.ops import step_scratch
 from sparseserve.policies.base import Policy
-from sparseserve.types import CPU, HeadShape, LayerPlan, PageTable, Selection, Step, Window
+from sparseserve.types import CPU, HeadShape, LayerPlan, Measurement, PageTable, Selection, Step, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +65,30 @@ class StepBuffers:
         self._attended_dense = torch.zeros(len(plans), rows, 1, dtype=torch.int32, device=device)
         self._attended = torch.zeros(len(plans), rows, selection_heads, dtype=torch.int32, device=device)
         self._row_budget = torch.zeros(rows, dtype=torch.int32, device=device)
-        # Layers with dense output keep everything and never write theirs.
-        self._recall = torch.ones(len(plans), rows, device=device) if policy.measure_recall else None
+        self.measurement = _measurement(plans, rows, device) if policy.recall_sample else None
 
-    def step(self, table: PageTable, whole: Tensor | None = None) -> Step:
-        """The buffers cut to the rows of `table`; rows that are `whole` [B] bool attend to everything in all layers."""
+    def step(
+        self,
+        table: PageTable,
+        whole: Tensor | None = None,
+        budget: Tensor | None = None,
+        measured: Collection[int] = (),
+        launched: Collection[int] | None = None,
+    ) -> Step:
+        """The buffers cut to the rows of `table`.
+
+        Rows that are `whole` [B] bool attend to everything in all layers; `budget` [B] int32 tokens holds in place of
+        the plan's where it is not 0. The layers `measured` are compared with dense attention. A captured graph makes
+        the launches of the layers `launched` in every step, for nothing in those that are not measured.
+        """
         rows = table.seq_lens.shape[0]
         everything = self._everything.rows(rows)
         everything.spans.copy_(table.seq_lens[:, None, None])
         windows = self._windows[:, :rows].copy_(self._window.spans(table.seq_lens))
-        lengths = None
+        own = torch.zeros_like(table.seq_lens) if budget is None else budget
         if whole is not None:
-            lengths = self._row_budget[:rows].copy_(table.seq_lens * whole)
-            windows.clamp_(min=lengths[:, None, None])
+            own = torch.where(whole, table.seq_lens, own)
+            windows.clamp_(min=(table.seq_lens * whole)[:, None, None])
         return Step(
             table=table,
             everything=everything,
@@ -87,10 +98,30 @@ class StepBuffers:
             lse=self._lse[:rows],
             attended_dense=self._attended_dense[:, :rows],
             attended=self._attended[:, :rows],
-            row_budget=lengths,
+            row_budget=None if whole is None and budget is None else self._row_budget[:rows].copy_(own),
             scratch=self._memory.scratch,
-            recall=None if self._recall is None else self._recall[:, :rows],
+            measurement=self._measure(table.seq_lens, whole, measured, launched),
         )
+
+    def _measure(
+        self, seq_lens: Tensor, whole: Tensor | None, measured: Collection[int], launched: Collection[int] | None
+    ) -> Measurement | None:
+        if self.measurement is None or not (measured or launched):
+            return None
+        rows = seq_lens.shape[0]
+        spans = self.measurement.spans[:, :rows]
+        spans[..., 0] = 0
+        spans[..., 1] = seq_lens[:, None]
+        for layer in measured:
+            spans[layer, :, :, 0] = (seq_lens if whole is None else seq_lens * ~whole)[:, None]
+        recall, error = self.measurement.recall[:, :rows], self.measurement.error[:, :rows]
+        return Measurement(measured if launched is None else launched, spans, recall, error)
+
+
+def _measurement(plans: Sequence[LayerPlan], rows: int, device: torch.device) -> Measurement:
+    spans = torch.zeros(len(plans), rows, 1, 2, dtype=torch.int32, device=device)
+    recall, error = torch.full((2, len(plans), rows), torch.nan, device=device)
+    return Measurement((), spans, recall, error)
 
 
 def _stack(plans: Sequence[LayerPlan], heads: int, device: torch.device) -> Window:

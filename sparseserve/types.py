@@ -7,7 +7,7 @@ M physical pages, L layers. A *unit* is `unit_tokens` consecutive tokens; `unit_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
@@ -198,6 +198,16 @@ class NewTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Measurement:
+    """What selections lose against dense attention, in the layers that a step measures; NaN in all others."""
+
+    layers: Collection[int]  # that attend a second time; to nothing, where `spans` say so
+    spans: Tensor  # [L, B, 1, 2] int32, of a Selection: everything, or nothing
+    recall: Tensor  # [L, B] fp32, softmax mass that the layer's selection keeps, mean over query heads
+    error: Tensor  # [L, B] fp32, relative L2 error of the layer's output, mean over query heads
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One decode step: views of buffers that are allocated once, cut to its B rows."""
 
@@ -212,7 +222,7 @@ class Step:
     # [B] int32 tokens: a row's budget in place of the plan's, its length where it attends to all, 0 for the plan's
     row_budget: Tensor | None = None
     scratch: Tensor | None = None  # where blocks meet, on CUDA
-    recall: Tensor | None = None  # [L, B] fp32, softmax mass that a layer keeps, mean over query heads; when measured
+    measurement: Measurement | None = None
 
     def attends_to(self, plan: LayerPlan) -> Selection:
         """What a layer attends to, once its selection is made."""

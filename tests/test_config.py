@@ -49,7 +49,7 @@ def policy_file(tmp_path: Path) -> Callable[[str], str]:
         ("quest", ["budget_tokens=64", "sink_tokens=32", "recent_tokens=40"], ["= 72", "budget_tokens = 64", "raise"]),
         ("streaming", ["recent_tokens=0"], ["recent_tokens = 0", "greater than or equal to 1"]),
         ("streaming", ["kv_memory=perhead"], ["kv_memory = perhead", "shared, per_head", "Did you mean 'per_head'"]),
-        ("streaming", ["measure_recall=true"], ["measure_recall", "per_head", "give kv_memory=shared"]),
+        ("streaming", ["recall_sample=1"], ["recall_sample", "per_head", "give kv_memory=shared"]),
         ("retrieval", ["artifact=a", "compensate=true"], ["compensate", "per_head", "give kv_memory=shared"]),
         ("quest", ["budget_tokens"], ["--set = budget_tokens", "KEY=VALUE", "--set budget_tokens=512"]),
         ("quest", ["budget_tokens=[1"], ["budget_tokens = [1", "YAML"]),

@@ -24,7 +24,7 @@ from environment import options, write_record
 from rich.console import Console
 from rich.table import Table
 
-from sparseserve.config import to_dict
+from sparseserve.config import WORKERS, to_dict
 from sparseserve.demo import circuits
 from sparseserve.policies import S2, Hip, Policy, Streaming
 from sparseserve.testing.engine import rebind, roomiest, running_pages
@@ -60,7 +60,7 @@ def engine(model: str, first: Policy | None, pipe: Connection) -> None:
     }
     from vllm import LLM
 
-    settings = {"additional_config": {"sparseserve": to_dict(first)}} if first else {}
+    settings = {"additional_config": {"sparseserve": to_dict(first)}, "worker_cls": WORKERS["cpu"]} if first else {}
     llm = LLM(model, max_model_len=CONTEXTS[-1] + 256, max_num_seqs=4, **settings)
     pages: list[int] = []
     pipe.send("ready")

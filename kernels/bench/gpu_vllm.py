@@ -77,8 +77,11 @@ def settings(engine: str) -> dict[str, Any]:
     """What vLLM is started with, beside the model."""
     if engine == CONTROL:
         return {}
+    from sparseserve.config import WORKERS
+
     return {
         "additional_config": {"sparseserve": policy_settings(engine)},
+        "worker_cls": WORKERS["cuda"],
         "attention_config": {"backend_per_kind": {"full_attention": "CUSTOM"}},
         "block_size": PAGE,
     }

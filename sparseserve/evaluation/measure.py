@@ -16,7 +16,7 @@ from sparseserve.evaluation.tasks import Draft, draft
 from sparseserve.server.process import Server
 
 ATTENDED, RESIDENT = (f"sparseserve_kv_tokens_{kind}_total" for kind in ("attended", "resident"))
-RECALL = re.compile(r'sparseserve_attention_recall_(sum|count)\{.*layer="(\d+)"')
+RECALL = re.compile(r'sparseserve_layer_recall_(sum|count)\{.*layer="(\d+)"')
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ class Piece:
         if self.kind != "recall":
             return self.setting
         setting = self.setting.with_pair("kv_memory=shared") if self.setting.load().frees_pages else self.setting
-        return setting.with_pair("measure_recall=true")
+        return setting.with_pair("recall_sample=1")
 
 
 def pieces(request: Request) -> Iterator[Piece]:

@@ -22,9 +22,11 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from sparseserve.cache import cpu_views
 from sparseserve.decode import decode_layer
+from sparseserve.plugin.builder import Batch, SparseBuilder, check_worker
 from sparseserve.plugin.grouped import GroupedStep, GroupedSteps
 from sparseserve.plugin.layers import SparseBackend, SparseImpl, bind_layers, extended
-from sparseserve.plugin.metadata import RowSplit, split_rows, take_rows, token_rows
+from sparseserve.plugin.metadata import take_rows, token_rows
+from sparseserve.plugin.recall import Draw, Recall, rows_of
 from sparseserve.plugin.settings import head_shape, model_shape, policy_of
 from sparseserve.plugin.stats import Meter
 from sparseserve.policies import Policy
@@ -54,14 +56,13 @@ class SparseCPUMetadata(CPUAttentionMetadata):
     step: Step | None = None  # None: every row is the parent's
 
 
-class SparseCPUBuilder(CPUAttentionMetadataBuilder):
+class SparseCPUBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
     """Splits every batch into rows for the parent and rows for the policy."""
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._policy: Policy | None = None
         self._grouped: GroupedSteps | None = None
         policy = policy_of(vllm_config)
         if policy is not None and not self.is_encoder_only_attention:
@@ -69,6 +70,7 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
 
     def bind(self, policy: Policy) -> None:
         """Give every layer of this group its plan and allocate the step's buffers."""
+        check_worker(self.vllm_config)
         if self.isa == "amx":  # AMX packs K in its own order; our kernels read "vec"
             self.isa = "vec"
             self._set_isa_to_layers(self.layer_names)
@@ -77,10 +79,12 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         model = model_shape(self.vllm_config, heads, get_tensor_model_parallel_rank())
         plans = policy.plans(model)
         config = self.vllm_config
-        self._policy, self._model = policy, model
+        self.follow(policy)
+        self._model = model
         self._buffers = StepBuffers(policy, plans, heads, config.scheduler_config.max_num_seqs, model.max_len)
         mine = [plans[extract_layer_index(name)] for name in layers]
-        self._meter = Meter(policy, mine)
+        self._recall = Recall(policy, mine)
+        self._meter = Meter(policy, mine, self._recall)
         if groups := bind_layers(config, self.kv_cache_spec, layers, mine, policy, model, self._meter):
             self.reorder_batch_threshold = 1
             self._grouped = GroupedSteps(groups, policy, self._buffers, self._of_heads)
@@ -91,20 +95,36 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         common = common_attn_metadata
         if self._policy is None:
             return super().build(common_prefix_len, common, fast_build)
-        split = split_rows(common, self._policy.dense_up_to)
-        self._meter.count_rows(split)
+        batch = self._batch(common)
+        batch.count(self._meter)
+        draw = self._recall.draw() if batch.split.sparse.shape[0] else None
+        if draw is not None:
+            self._recall.expect(draw, rows_of(batch.requests, batch.split.sparse))
+        return self.metadata(common, batch, draw, common_prefix_len, fast_build)
+
+    def metadata(
+        self,
+        common: CommonAttentionMetadata,
+        batch: Batch,
+        draw: Draw | None = None,
+        common_prefix_len: int = 0,
+        fast_build: bool = False,
+    ) -> CPUAttentionMetadata | GroupedStep:
+        """What the layers get of a batch; nothing is counted."""
         if self._grouped is not None:
             return self._grouped.build(common)
         positions = common.positions[: common.num_actual_tokens]
-        if not split.sparse.shape[0]:
-            return extended(
-                SparseCPUMetadata, super().build(common_prefix_len, common, fast_build), positions=positions
-            )
-        return self._build_mixed(common, split, positions)
+        if not batch.split.sparse.shape[0]:
+            parent = super().build(common_prefix_len, common, fast_build)
+            return extended(SparseCPUMetadata, parent, positions=positions)
+        return self._mixed(common, batch, draw, positions)
 
-    def _build_mixed(self, common: CommonAttentionMetadata, split: RowSplit, positions: Tensor) -> SparseCPUMetadata:
+    def _mixed(
+        self, common: CommonAttentionMetadata, batch: Batch, draw: Draw | None, positions: Tensor
+    ) -> SparseCPUMetadata:
+        split = batch.split
         sparse_tokens = common.query_start_loc_cpu[split.sparse].to(torch.int64)
-        step = self._step(common, split.sparse)
+        step = self._step(common, split.sparse, batch.budget, draw)
         if not split.dense.shape[0]:
             return SparseCPUMetadata(
                 num_actual_tokens=common.num_actual_tokens,
@@ -139,9 +159,10 @@ class SparseCPUBuilder(CPUAttentionMetadataBuilder):
         finally:
             self.num_kv_heads, self.num_heads = all_heads
 
-    def _step(self, common: CommonAttentionMetadata, rows: Tensor) -> Step:
+    def _step(self, common: CommonAttentionMetadata, rows: Tensor, budget: Tensor | None, draw: Draw | None) -> Step:
         table = PageTable(common.block_table_tensor[rows], common.seq_lens[rows])
-        step = self._buffers.step(table)
+        budget = None if budget is None else budget[rows]
+        step = self._buffers.step(table, budget=budget, measured=() if draw is None else draw.layers)
         self._policy.prepare(step, self._model)
         return step
 

@@ -28,9 +28,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from sparseserve.cache import cuda_views
 from sparseserve.decode import decode_layer
 from sparseserve.errors import UnsupportedError
+from sparseserve.plugin.builder import Batch, SparseBuilder, check_worker
 from sparseserve.plugin.grouped import GroupedStep, GroupedSteps
 from sparseserve.plugin.layers import SparseBackend, SparseImpl, bind_layers, extended
-from sparseserve.plugin.metadata import decode_rows, real_rows, rows_from, split_rows
+from sparseserve.plugin.metadata import decode_rows, real_rows, rows_from
+from sparseserve.plugin.recall import CudaRecall, Draw
+from sparseserve.plugin.requests import Rows
 from sparseserve.plugin.settings import (
     CUDA_HEAD_SIZES,
     cuda_problems,
@@ -103,7 +106,7 @@ class SparseCUDAMetadata(FlashAttentionMetadata):
     rest: FlashAttentionMetadata | None = None  # of the rows after them
 
 
-class SparseCUDABuilder(FlashAttentionMetadataBuilder):
+class SparseCUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
     """Splits every batch into decode rows for the policy and rows for the parent."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -114,7 +117,6 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._policy: Policy | None = None
         self._grouped: GroupedSteps | None = None
         if (policy := policy_of(vllm_config)) is not None:
             self.bind(policy)
@@ -122,6 +124,7 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
     def bind(self, policy: Policy) -> None:
         """Give every layer of this group its plan and allocate the step's buffers."""
         config = self.vllm_config
+        check_worker(config)
         layers = get_layers_from_vllm_config(config, Attention, self.layer_names)
         heads = head_shape(next(iter(layers.values())))
         if problems := list(cuda_problems(config, policy, heads)):
@@ -129,11 +132,13 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
         model = model_shape(config, heads, get_tensor_model_parallel_rank())
         plans = on_device(policy.plans(model), self.device)
         rows = config.scheduler_config.max_num_seqs
-        self._policy, self._model = policy, model
+        self.follow(policy)
+        self._model = model
         memory = step_memory(config, policy, heads, self.device)
         self._buffers = StepBuffers(policy, plans, heads, rows, model.max_len, self.device, memory)
         mine = [plans[extract_layer_index(name)] for name in layers]
         runner = "V2" if config.use_v2_model_runner else "V1"
+        self._recall = CudaRecall(policy, mine, self._buffers.measurement)
         self._meter = CudaMeter(policy, mine, len(plans), self.device, runner)
         scratch = memory.scratch
         if groups := bind_layers(config, self.kv_cache_spec, layers, mine, policy, model, self._meter, scratch):
@@ -145,19 +150,33 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
         common = common_attn_metadata
         if self._policy is None:
             return super().build(common_prefix_len, common, fast_build)
-        split = split_rows(real_rows(common), self._policy.dense_up_to)
+        self._recall.collect()
+        batch = self._batch(real_rows(common))
         self._meter.report()
-        self._meter.count_rows(split)
+        batch.count(self._meter)
+        draw = self._recall.draw() if batch.split.sparse.shape[0] else None
+        if draw is not None:
+            self._recall.expect(draw, batch.requests[: decode_rows(common)])
+        return self.metadata(common, batch, draw, common_prefix_len, fast_build)
+
+    def metadata(
+        self,
+        common: CommonAttentionMetadata,
+        batch: Batch,
+        draw: Draw | None = None,
+        common_prefix_len: int = 0,
+        fast_build: bool = False,
+    ) -> FlashAttentionMetadata | GroupedStep:
+        """What the layers get of a batch; nothing is counted."""
         if self._grouped is not None:
             return self._grouped.build(common)
-        rows, any_long = decode_rows(common), bool(split.sparse.shape[0])
+        rows, any_long = decode_rows(common), bool(batch.split.sparse.shape[0])
         # The runner may be about to replay a graph of decode rows, whatever is returned here.
-        step = self._step(common, rows) if any_long or rows == common.num_reqs else None
+        step = self._step(common, rows, batch, draw) if any_long or rows == common.num_reqs else None
         if any_long:
             return self._metadata(common, step)
-        return extended(
-            SparseCUDAMetadata, super().build(common_prefix_len, common, fast_build), positions=common.positions
-        )
+        parent = super().build(common_prefix_len, common, fast_build)
+        return extended(SparseCUDAMetadata, parent, positions=common.positions)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -167,7 +186,7 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
             return self._grouped.build(common)
         if self._policy is None or decode_rows(common) < common.num_reqs:
             return super().build_for_cudagraph_capture(common)
-        return self._metadata(common, self._step(common, common.num_reqs))
+        return self._metadata(common, self._step(common, common.num_reqs, None, None))
 
     def _of_prompts(self, common: CommonAttentionMetadata, kv_heads: int) -> FlashAttentionMetadata:
         """The parent's metadata, for any number of KV heads.
@@ -177,16 +196,29 @@ class SparseCUDABuilder(FlashAttentionMetadataBuilder):
         """
         return super().build(0, common, fast_build=True)
 
-    def _step(self, common: CommonAttentionMetadata, rows: int) -> Step:
+    def _step(self, common: CommonAttentionMetadata, rows: int, batch: Batch | None, draw: Draw | None) -> Step:
         seq_lens = common.seq_lens[:rows]
-        whole = seq_lens <= self._policy.dense_up_to
+        whole, budget = self._apart(seq_lens, None if batch is None else batch.rows)
         in_prompt = common.is_prefilling[:rows]  # runner V2 leaves out rows of padding
         if in_prompt.any():
             # A prompt's last chunk of one token runs as a decode: the answer must not depend on where chunks end.
             whole[: in_prompt.shape[0]] |= in_prompt.to(self.device, non_blocking=True)
-        step = self._buffers.step(PageTable(common.block_table_tensor[:rows], seq_lens), whole)
+        table = PageTable(common.block_table_tensor[:rows], seq_lens)
+        measured = () if draw is None else draw.layers
+        step = self._buffers.step(table, whole, budget, measured, launched=self._recall.layers)
         self._policy.prepare(step, self._model)
         return step
+
+    def _apart(self, seq_lens: Tensor, apart: Rows | None) -> tuple[Tensor, Tensor | None]:
+        """Which rows [B] attend to everything, and what their budgets are."""
+        if apart is None:
+            return seq_lens <= self._policy.dense_up_to, None
+        numbers = torch.zeros(3, seq_lens.shape[0], dtype=torch.int32)
+        real = min(len(apart.requests), numbers.shape[1])  # the others are padding
+        for number, given in zip(numbers, (apart.dense_up_to, apart.dense, apart.budget), strict=True):
+            number[:real] = given[:real]
+        dense_up_to, dense, budget = numbers.to(self.device, non_blocking=True)
+        return (seq_lens <= dense_up_to) | (dense != 0), budget
 
     def _metadata(self, common: CommonAttentionMetadata, step: Step) -> SparseCUDAMetadata:
         rows = step.table.seq_lens.shape[0]

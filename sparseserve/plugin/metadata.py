@@ -15,30 +15,35 @@ class RowSplit:
 
     sparse: Tensor  # [B] int64, decode rows longer than the policy's threshold
     dense: Tensor  # [R - B] int64, all others
-    short: int  # decode rows among the others
+    short: int  # decode rows among the others, dense for their length alone
+    asked: Tensor  # [R] bool, longer ones that are dense because their requests or the guard want it
     before: Tensor  # [R] int32, tokens of every row before the step
     after: Tensor  # [R] int32, tokens with those of the step
 
     @property
     def prefill(self) -> int:
         """Rows that are still in their prompt."""
-        return self.dense.shape[0] - self.short
+        return self.dense.shape[0] - self.short - int(self.asked.sum())
 
 
-def split_rows(common: CommonAttentionMetadata, dense_up_to: int) -> RowSplit:
-    """Decode rows of more than `dense_up_to` tokens against prefill rows and short rows.
+def split_rows(common: CommonAttentionMetadata, dense_up_to: int | Tensor, dense: Tensor | None = None) -> RowSplit:
+    """Decode rows of more than `dense_up_to` tokens ([R] int32, or one number) against all others.
 
-    A prompt's last chunk of one token is prefill: the answer must not depend on where chunks end.
+    Rows that are `dense` [R] bool are among the others at any length. A prompt's last chunk of one token is prefill:
+    the answer must not depend on where chunks end.
     """
     query_lens = common.query_start_loc_cpu.diff()
     lengths = common.seq_lens_cpu_upper_bound
     assert common.is_prefilling is not None and lengths is not None
     decode = (query_lens == 1) & ~common.is_prefilling
-    sparse = decode & (lengths > dense_up_to)
+    long = decode & (lengths > dense_up_to)
+    asked = torch.zeros_like(long) if dense is None else long & dense
+    sparse = long & ~asked
     return RowSplit(
         sparse=sparse.nonzero().squeeze(1),
         dense=(~sparse).nonzero().squeeze(1),
-        short=int((decode & ~sparse).sum()),
+        short=int((decode & ~long).sum()),
+        asked=asked,
         before=lengths - query_lens,
         after=lengths,
     )

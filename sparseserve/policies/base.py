@@ -86,6 +86,14 @@ class Policy(BaseModel, ABC):
         """Fewest and most tokens that a request may have as its budget; None without a budget that can change."""
         return None
 
+    def wider(self, budget: int) -> int:
+        """The next larger budget of a request that has `budget` tokens (0: the policy's); 0 without one."""
+        return 0
+
+    def dense_rows_up_to(self, budget: int) -> int:
+        """`dense_up_to` of a row with a budget of its own."""
+        return self.dense_up_to
+
     @property
     def frees_pages(self) -> bool:
         """Whether heads store no more than they may attend to, in their prompt, too."""
@@ -198,6 +206,13 @@ class BudgetPolicy(Policy):
     @property
     def budget_bounds(self) -> tuple[int, int] | None:
         return self.sink_tokens + self.recent_tokens + self.selection_unit, self.largest_budget
+
+    def wider(self, budget: int) -> int:
+        now = budget or self.budget_tokens
+        return min(2 * now, self.largest_budget) if now < self.largest_budget else 0
+
+    def dense_rows_up_to(self, budget: int) -> int:
+        return max(self.min_tokens, budget) if budget else self.dense_up_to
 
     def selection_slots(self, max_len: int) -> int:
         largest = min(self.largest_budget, max(max_len, self.budget_tokens))

@@ -48,7 +48,7 @@ SEAMS = {
     "vllm.v1.sample.logits_processor": ["AdapterLogitsProcessor.new_req_logits_processor"],
     "vllm.v1.kv_cache_interface": ["FullAttentionSpec:page_size_padded", "FullAttentionSpec.unpadded_page_size_bytes"],
     "vllm.model_executor.models.utils": ["extract_layer_index"],
-    "vllm.config": ["VllmConfig:additional_config", "ParallelConfig:worker_extension_cls"],
+    "vllm.config": ["VllmConfig:additional_config", "ParallelConfig:worker_cls"],
     "vllm.entrypoints.cli.serve": ["ServeSubcommand.cmd", "ServeSubcommand.subparser_init"],
 }
 

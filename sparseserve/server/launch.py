@@ -17,7 +17,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from sparseserve import ops
-from sparseserve.config import ADDITIONAL_CONFIG, PolicySource, find_policy, to_dict
+from sparseserve.config import ADDITIONAL_CONFIG, WORKERS, PolicySource, find_policy, to_dict
 from sparseserve.errors import ConfigError, Problem, SparseServeError, UnsupportedError
 from sparseserve.memory import Memory, predict_memory
 from sparseserve.options import aliases, own_names
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 OUR_PLUGINS = ["sparseserve", "sparseserve_front", "sparseserve_metrics", "sparseserve_routes"]
 ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
-WORKER_EXTENSION = "sparseserve.plugin.worker.StatsExtension"
 ENV_PAGE = "SPARSESERVE_PAGE"
 ENV_REQUEST_BYTES = "SPARSESERVE_MAX_REQUEST_BYTES"
 DRAIN_TIMEOUT = 30  # seconds; vLLM's own 0 cuts running answers
@@ -148,6 +147,8 @@ def vllm_errors() -> Iterator[None]:
 
 def policy_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
     """What to add to `vllm serve`; the user's own additional_config stays."""
+    from vllm.platforms import current_platform
+
     settings = dict(args.additional_config)
     if ADDITIONAL_CONFIG in settings:
         remedy = "give --policy and --set in its place"
@@ -157,14 +158,15 @@ def policy_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
             "none: the policy sets it",
             remedy=remedy,
         )
-    if args.worker_extension_cls not in ("", WORKER_EXTENSION):
-        allowed = f"none: vLLM takes one, and metrics need {WORKER_EXTENSION}"
-        remedy = "drop the flag, or derive your class from ours and load it in a plugin"
-        raise UnsupportedError(Problem("--worker-extension-cls", args.worker_extension_cls, allowed, remedy=remedy))
+    worker = WORKERS["cuda" if current_platform.is_cuda() else "cpu"]
+    if args.worker_cls not in ("auto", worker):
+        allowed = f"none: a policy needs {worker}"
+        remedy = "drop the flag; --worker-extension-cls adds methods to it"
+        raise UnsupportedError(Problem("--worker-cls", args.worker_cls, allowed, remedy=remedy))
     settings[ADDITIONAL_CONFIG] = to_dict(policy)
     # One dotted flag per key, all of them: vLLM lets dotted flags win over a JSON one.
     pairs = [[f"--additional-config.{key}", json.dumps(value)] for key, value in settings.items()]
-    return [*chain.from_iterable(pairs), "--worker-extension-cls", WORKER_EXTENSION]
+    return [*chain.from_iterable(pairs), "--worker-cls", worker]
 
 
 def server_flags(policy: Policy, args: argparse.Namespace) -> list[str]:

@@ -13,7 +13,7 @@ from sparseserve.plan import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.step import StepBuffers
 from sparseserve.testing import target
-from sparseserve.types import LayerPlan, NewTokens, PageTable, Selection
+from sparseserve.types import LayerPlan, Measurement, NewTokens, PageTable, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Outcome:
     masks: list[Tensor]  # per layer [B, Hs, T] bool, tokens attended to
     selections: list[Selection]  # per layer, copies
     attended: list[Tensor]  # per layer [B, Hs] int32, as the kernel counted
-    recall: Tensor | None  # [L, B] fp32, where the policy measures it
+    measurement: Measurement | None  # views of the buffers, where the policy measures
 
 
 class Bed:
@@ -86,13 +86,14 @@ class Bed:
                     self.write(layer, row, start, keys[layer, row, start:end], values[layer, row, start:end])
         return self
 
-    def decode(self, query: Tensor, rows: list[int] | None = None) -> Outcome:
-        """One step for `query` [L, B, Hq, D] over `rows` (all by default), in that order."""
+    def decode(self, query: Tensor, rows: list[int] | None = None, budget: Tensor | None = None) -> Outcome:
+        """One step for `query` [L, B, Hq, D] over `rows` (all by default), in that order; `budget` is of these rows."""
         rows = list(range(len(self.lengths))) if rows is None else rows
         seq_lens = torch.tensor([self.lengths[row] for row in rows], dtype=torch.int32)
-        step = self.buffers.step(PageTable(self.pages[rows], seq_lens))
+        measured = [layer.plan.layer for layer in self.layers if not layer.plan.dense_output]
+        step = self.buffers.step(PageTable(self.pages[rows], seq_lens), budget=budget, measured=measured)
         self.policy.prepare(step, self.model)
-        outcome = Outcome(torch.zeros_like(query[:, rows]), [], [], [], step.recall)
+        outcome = Outcome(torch.zeros_like(query[:, rows]), [], [], [], step.measurement)
         for layer, out in zip(self.layers, outcome.out, strict=True):
             decode_layer(layer, step, query[layer.plan.layer, rows], out)
             dense = layer.plan.dense_output

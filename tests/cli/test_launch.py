@@ -67,7 +67,7 @@ def test_the_remedy_for_sliding_windows_works(models: dict[str, str]) -> None:
     [
         (["--kv-cache-dtype", "fp8"], ["--kv-cache-dtype = fp8", "auto or bfloat16"]),
         (["--block-size", "48"], ["--block-size = 48", "multiple of 32", "--block-size 64"]),
-        (["--worker-extension-cls", "a.B"], ["--worker-extension-cls = a.B", "StatsExtension", "drop"]),
+        (["--worker-cls", "a.B"], ["--worker-cls = a.B", "SparseCPUWorker", "drop"]),
         (["--additional-config.sparseserve.policy", "dense"], ["--additional-config sparseserve", "--policy"]),
         (
             ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3}'],
@@ -193,7 +193,7 @@ def test_the_printed_command_is_the_server_that_runs(models: dict[str, str], fla
     assert from_dict(again.additional_config.pop("sparseserve")) == Quest(budget_tokens=512)
     assert again.additional_config == ({"mine": {"a": 1}, "other": 2} if flags else {})
     assert (again.model, again.max_num_seqs) == (models["llama"], 7)
-    assert again.worker_extension_cls == "sparseserve.plugin.worker.StatsExtension"
+    assert again.worker_cls == "sparseserve.plugin.worker.SparseCPUWorker"
 
 
 def test_missing_kernels_are_told_before_vllm_is_asked(no_kernels: None, capsys: pytest.CaptureFixture[str]) -> None:

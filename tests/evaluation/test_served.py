@@ -45,7 +45,7 @@ def dense(model: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def quest(model: Path) -> Iterator[Server]:
-    yield from _serve(model, "--policy", "quest", "--set", "budget_tokens=768", "--set", "measure_recall=true")
+    yield from _serve(model, "--policy", "quest", "--set", "budget_tokens=768", "--set", "recall_sample=1")
 
 
 def _serve(model: Path, *flags: str) -> Iterator[Server]:

@@ -29,7 +29,7 @@ from vllm.v1.worker.gpu.attn_utils import (
     init_kv_cache,
 )
 
-from sparseserve.config import to_dict
+from sparseserve.config import WORKERS, to_dict
 from sparseserve.plan import ModelShape
 from sparseserve.plugin import backend_cuda, layers
 from sparseserve.plugin.backend_cuda import SparseCUDABackend, SparseCUDABuilder
@@ -55,7 +55,9 @@ CONFIG = {
 def vllm_config(folder: Path) -> VllmConfig:
     """What vLLM derives for a small Llama."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    args = EngineArgs(str(folder), skip_tokenizer_init=True, block_size=PAGE, max_num_seqs=ROWS)
+    args = EngineArgs(
+        str(folder), skip_tokenizer_init=True, block_size=PAGE, max_num_seqs=ROWS, worker_cls=WORKERS["cuda"]
+    )
     return args.create_engine_config()
 
 

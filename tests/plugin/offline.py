@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sparseserve.config import to_dict
+from sparseserve.config import WORKERS, to_dict
 from sparseserve.policies import Policy
 from sparseserve.testing.engine import rebind
 
@@ -21,7 +21,8 @@ class Engine:
         from vllm import LLM
 
         config = {"sparseserve": to_dict(roomiest)}
-        self.llm = LLM(str(model), max_num_seqs=16, disable_log_stats=False, additional_config=config, **settings)
+        settings |= {"additional_config": config, "worker_cls": WORKERS["cpu"]}
+        self.llm = LLM(str(model), max_num_seqs=16, disable_log_stats=False, **settings)
 
     def bind(self, policy: Policy) -> None:
         """Put the engine under a policy, with nothing cached."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparseserve.config import to_dict
+from sparseserve.config import WORKERS, to_dict
 from sparseserve.policies import Policy
 
 
@@ -39,4 +39,6 @@ def start(asked: dict[str, Any]) -> Any:
     from vllm import LLM
 
     config = {"sparseserve": asked["policy"]}
-    return LLM(asked["model"], additional_config=config, enforce_eager=True, **asked["engine"])
+    return LLM(
+        asked["model"], additional_config=config, worker_cls=WORKERS["cpu"], enforce_eager=True, **asked["engine"]
+    )

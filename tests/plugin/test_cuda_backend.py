@@ -29,7 +29,7 @@ from sparseserve import ops
 from sparseserve.config import find_policy
 from sparseserve.errors import UnsupportedError
 from sparseserve.ops import step_scratch
-from sparseserve.plugin import settings, stats
+from sparseserve.plugin import metrics, settings, stats
 from sparseserve.plugin.backend_cuda import SparseCUDABackend
 from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.server.launch import cuda_flags, parse
@@ -47,7 +47,7 @@ POLICIES: dict[str, Policy] = {
     "dense": Dense(min_tokens=200),
     "streaming": Streaming(sink_tokens=16, recent_tokens=112, min_tokens=200, kv_memory="shared"),
     "quest": Quest(**COMMON, dense_layers=1),
-    "quest-recall": Quest(**COMMON, dense_layers=1, measure_recall=True),
+    "quest-recall": Quest(**COMMON, dense_layers=1, recall_sample=1),
     "tidal": Tidal(**COMMON, select_layer=1, reselect_layer=1),
     "hip": Hip(**COMMON, **HIP),
     "s2": S2(local_blocks=2, stride=2, min_tokens=200),
@@ -189,7 +189,8 @@ def test_no_step_waits_for_the_device(
     """Tensors of the device `meta` have no values: reading one raises, and so does a shape that depends on one."""
     monkeypatch.setattr(ops, "kernels", lambda device: None)
     worker = start(policy, device="meta")
-    worker.builder._meter._due = float("inf")  # the copy that nothing waits for has no source here
+    worker.builder._meter._due = float("inf")  # the copies that nothing waits for have no source here
+    monkeypatch.setattr(worker.builder._recall, "collect", lambda: None)
     common = batch.metadata(torch.zeros(8, 7, dtype=torch.int32), "meta")
     for build in (worker.builder.build_for_cudagraph_capture, lambda common: worker.builder.build(0, common)):
         metadata = build(common)
@@ -208,7 +209,8 @@ def test_every_step_has_the_same_buffers(start: Callable[..., Worker], policy: P
         chosen = step.selection, step.everything
         buffers = [part for each in chosen for part in (each.spans, each.units, each.count)]
         buffers += [step.windows, step.scores, step.lse, step.attended, step.attended_dense, step.row_budget]
-        buffers += [] if step.recall is None else [step.recall]
+        if (measurement := step.measurement) is not None:
+            buffers += [measurement.spans, measurement.recall, measurement.error]
         return [buffer.data_ptr() for buffer in buffers]
 
     assert addresses([1, 1, 1, 1]) == addresses([448, 3, 300, 150])
@@ -256,9 +258,9 @@ def test_tokens_are_counted_without_waiting(start: Callable[..., Worker], layout
     worker = start(policy, layout=layout)
     pages = page_table(bed)
     filled(worker, pages, key, value)
-    recall = stats.RECALL.labels("quest", 1)
+    recall = metrics.LAYER_RECALL.labels("quest", 1)
     kept, rows = recall._sum.get(), recall._count.get()
-    select = stats.ATTENDED.labels("quest", "select"), stats.RESIDENT.labels("quest", "select")
+    select = metrics.ATTENDED.labels("quest", "select"), metrics.RESIDENT.labels("quest", "select")
     stats.snapshot()
     before = [counter._value.get() for counter in select]
     common = DECODE.metadata(pages, "cpu")
@@ -269,8 +271,11 @@ def test_tokens_are_counted_without_waiting(start: Callable[..., Worker], layout
     expected = bed.decode(query)
     attended = sum(float(layer[: len(LONG)].double().mean(1).sum()) for layer in expected.attended[1:])
     assert [counter._value.get() for counter in select] == [before[0] + attended, before[1] + 2 * sum(LONG)]
+    assert recall._count.get() == rows  # what was measured is looked at before the next step
+    worker.builder.build(0, common)
     assert recall._count.get() - rows == len(LONG)
-    assert recall._sum.get() - kept == pytest.approx(float(expected.recall[1, : len(LONG)].sum()))
+    assert expected.measurement is not None
+    assert recall._sum.get() - kept == pytest.approx(float(expected.measurement.recall[1, : len(LONG)].sum()))
 
 
 def cuda_config(**changes: Any) -> Any:

@@ -22,7 +22,7 @@ from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_m
 from sparseserve import ops
 from sparseserve.errors import UnsupportedError
 from sparseserve.ops import step_scratch
-from sparseserve.plugin import stats, window_cache
+from sparseserve.plugin import metrics, stats, window_cache
 from sparseserve.plugin.backend_cuda import SparseCUDABackend
 from sparseserve.policies import Dense, Moa, Policy, Retrieval, Streaming
 from sparseserve.step import StepMemory
@@ -283,7 +283,7 @@ def test_tokens_of_rows_under_the_policy_are_counted(
 ) -> None:
     policy = policies["retrieval-long"]
     worker = filled(start(policy), tokens, ALL)
-    window = stats.ATTENDED.labels("retrieval", "window"), stats.RESIDENT.labels("retrieval", "window")
+    window = metrics.ATTENDED.labels("retrieval", "window"), metrics.RESIDENT.labels("retrieval", "window")
     stats.snapshot()
     before = [counter._value.get() for counter in window]
     step(worker, tokens, DECODE, ALL)

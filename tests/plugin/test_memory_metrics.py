@@ -16,7 +16,8 @@ from sparseserve.demo.questions import ask
 from sparseserve.memory import Memory, predict_memory
 from sparseserve.plan import ModelShape
 from sparseserve.plugin.metadata import RowSplit
-from sparseserve.plugin.stats import KV_KINDS, WORKER, Meter, snapshot
+from sparseserve.plugin.metrics import KV_KINDS, WORKER
+from sparseserve.plugin.stats import Meter, snapshot
 from sparseserve.policies import Policy, Quest, Retrieval, Streaming
 from sparseserve.server.metrics import WorkerMetrics
 from sparseserve.storage import Span
@@ -76,7 +77,7 @@ def counted(policy: Policy, before: list[int], after: list[int]) -> tuple[dict[s
     meter.set_memory(predict_memory(policy, plans, SHAPE, element_bytes=2), LONGEST)
     gone = value("sparseserve_kv_pages_freed_total")
     lengths = [torch.tensor(tokens, dtype=torch.int32) for tokens in (before, after)]
-    meter.count_rows(RowSplit(torch.empty(0), torch.empty(len(before)), 0, *lengths))
+    meter.count_rows(RowSplit(torch.empty(0), torch.empty(len(before)), 0, torch.zeros(len(before)).bool(), *lengths))
     kinds = {kind: value("sparseserve_kv_bytes", kind=kind) for kind in KV_KINDS}
     return kinds, value("sparseserve_kv_pages_freed_total") - gone, value("sparseserve_kv_capacity_gain")
 

@@ -85,8 +85,8 @@ def test_memory_takes_what_rows_store(model: str, lab: Lab, tmp_path: Path) -> N
 
 def test_recall_of_what_frees_pages_is_measured_with_all_of_them() -> None:
     served = {policy: Piece("recall", Setting(policy=policy), 8192).served for policy in ("streaming", "quest")}
-    assert served["streaming"].values() == {"kv_memory": "shared", "measure_recall": True}
-    assert served["quest"].values() == {"measure_recall": True}
+    assert served["streaming"].values() == {"kv_memory": "shared", "recall_sample": 1}
+    assert served["quest"].values() == {"recall_sample": 1}
     assert Piece("cell", Setting(policy="streaming"), 8192).served.load().frees_pages
 
 
