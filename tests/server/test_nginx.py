@@ -1,0 +1,153 @@
+"""deploy/nginx.conf, run by nginx itself in front of a stand-in for the server."""
+
+from __future__ import annotations
+
+import getpass
+import http.client
+import http.server
+import re
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONFIG = Path(__file__).parents[2] / "deploy" / "nginx.conf"
+NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx (Debian package nginx-light) is not installed")
+
+
+class Upstream(http.server.BaseHTTPRequestHandler):
+    """Answers anything, the POST of a stream in two chunks with a pause between them."""
+
+    protocol_version = "HTTP/1.1"
+    seen: list[tuple[str, str, str | None]] = []
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.seen.append((self.command, self.path, self.headers.get("X-Request-Id")))
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for chunk in (b"first", b"last"):
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+            self.wfile.flush()
+            time.sleep(0.5 if self.path == "/v1/completions" else 0)
+        self.wfile.write(b"0\r\n\r\n")
+
+    do_POST = do_DELETE = do_PUT = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    folder, listen = tmp_path_factory.mktemp("nginx"), free_port()
+    upstream = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Upstream)
+    threading.Thread(target=upstream.serve_forever, daemon=True).start()
+    text = CONFIG.read_text().replace("/tmp/nginx", f"{folder}/nginx")
+    text = text.replace("listen 8080", f"listen 127.0.0.1:{listen}")
+    text = text.replace("server 127.0.0.1:8000", f"server 127.0.0.1:{upstream.server_address[1]}")
+    (folder / "nginx.conf").write_text(text)
+    more = f"daemon off; user {getpass.getuser()};"  # who may write to the folder
+    process = subprocess.Popen([str(NGINX), "-c", str(folder / "nginx.conf"), "-p", str(folder), "-g", more])
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", listen)) == 0:
+                break
+        time.sleep(0.05)
+    yield listen
+    process.terminate()
+    process.wait(20)
+    upstream.shutdown()
+
+
+def ask(port: int, method: str, path: str, body: bytes = b"", **headers: str) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    response.read()
+    return response.status
+
+
+def test_the_file_as_it_is_is_valid() -> None:
+    check = subprocess.run([str(NGINX), "-t", "-c", str(CONFIG)], capture_output=True, text=True)
+    assert check.returncode == 0, check.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/models"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/responses"),
+        ("GET", "/v1/responses/resp_1-a"),
+        ("POST", "/v1/responses/resp_1/cancel"),
+        ("GET", "/v1/sparsity"),
+        ("GET", "/sparsity"),
+        ("GET", "/health"),
+        ("GET", "/ready?x=1"),
+        ("GET", "/metrics"),
+    ],
+)
+def test_what_clients_need_passes(port: int, method: str, path: str) -> None:
+    assert ask(port, method, path, **{"X-Request-Id": "claimed"}) == 200
+    *seen, request_id = Upstream.seen[-1]
+    assert seen == [method, path]
+    assert re.fullmatch("[0-9a-f]{32}", request_id or "")
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/invocations"),
+        ("POST", "/tokenize"),
+        ("POST", "/scale_elastic_ep"),
+        ("POST", "/collective_rpc"),
+        ("POST", "/v1/load_lora_adapter"),
+        ("POST", "/inference/v1/generate"),
+        ("GET", "/openapi.json"),
+        ("GET", "/v1/completions/../../docs"),
+        ("POST", "//invocations"),
+        ("POST", "/v1/responses/..%2f..%2finvocations"),
+        ("POST", "/v1/completions/render"),
+        ("POST", "/health"),
+        ("DELETE", "/metrics"),
+        ("POST", "/v1/models"),
+    ],
+)
+def test_nothing_else_passes(port: int, method: str, path: str) -> None:
+    before = len(Upstream.seen)
+    assert ask(port, method, path) in (403, 404)
+    assert len(Upstream.seen) == before
+
+
+def test_large_bodies_do_not_reach_the_server(port: int) -> None:
+    before = len(Upstream.seen)
+    assert ask(port, "POST", "/v1/chat/completions", b"x" * 2**25) == 200
+    assert ask(port, "POST", "/v1/chat/completions", **{"Content-Length": str(2**25 + 1)}) == 413
+    assert len(Upstream.seen) == before + 1
+
+
+def test_streams_are_not_held_back(port: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.request("POST", "/v1/completions", b"{}")
+    response = connection.getresponse()
+    start = time.monotonic()
+    assert response.read(5) == b"first"
+    assert time.monotonic() - start < 0.4  # the rest comes after half a second
+    assert response.read() == b"last"
