@@ -16,9 +16,9 @@ LABELS = {"SERVER": SERVER, "MODEL": f'{SERVER}, model_name=~"$model_name"'}
 WIDTH, PANEL_HEIGHT = 24, 8  # of Grafana's grid
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 VARIABLES = {
-    "job": "label_values(vllm:cache_config_info, job)",
-    "instance": 'label_values(vllm:cache_config_info{job=~"$job"}, instance)',
-    "model_name": f"label_values(vllm:cache_config_info{{{SERVER}}}, model_name)",
+    "job": "label_values(vllm:num_requests_running, job)",
+    "instance": 'label_values(vllm:num_requests_running{job=~"$job"}, instance)',
+    "model_name": f"label_values(vllm:num_requests_running{{{SERVER}}}, model_name)",
     "floor": f"label_values(sparseserve_attention_recall_bucket{{{SERVER}}}, le)",
 }
 NUMERIC = 3  # how Grafana sorts a variable's values
