@@ -92,7 +92,7 @@ def active_policy(policy: Policy, model: str, registry: CollectorRegistry) -> Ac
 
 def _requests(policy: Policy, model: str) -> Requests:
     bounds = policy.budget_bounds
-    budget = _refusal(policy, BUDGET, bounds[0] if bounds else 1)
+    budget = _refusal(policy, BUDGET, bounds[0] if bounds else "N")
     smallest, largest = bounds if bounds and budget is None else (None, None)
     dense = _refusal(policy, POLICY, "dense")
     return Requests(

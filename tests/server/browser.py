@@ -26,8 +26,8 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
     "--remote-debugging-port=0",
-    "--window-size=1280,900",
 ]
+WINDOW = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
 STARTUP, PATIENCE = 60.0, 30.0  # seconds
 WATCH = """
 window.problems = [];
@@ -56,6 +56,7 @@ class Tab:
         """Load a page; what goes wrong in it is in `problems`."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
+        self.call("Emulation.setDeviceMetricsOverride", **WINDOW)
         self.call("Page.enable")
         self.call("Page.addScriptToEvaluateOnNewDocument", source=WATCH)
         self.call("Page.navigate", url=url)
