@@ -18,6 +18,9 @@ from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
+from sparseserve.errors import SelfCheckError
+from sparseserve.plugin.settings import policy_of
+
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
@@ -90,13 +93,30 @@ class MetricsEndpoint:
             app.add_middleware(ScrapeMiddleware, endpoint=self)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Keep the way to the workers."""
+        """Keep the way to the workers; SelfCheckError when they do not run the policy that is configured."""
         self._engine_client = engine_client
+        if engine_client is not None and (policy := policy_of(engine_client.vllm_config)) is not None:
+            check_active(policy.name, await _ask(engine_client))
 
     async def refresh(self) -> None:
         """Ask the workers for their numbers, if there is an engine."""
         if self._engine_client is not None:
             await self._metrics.refresh(self._engine_client)
+
+
+async def _ask(engine_client: EngineClient) -> list[Snapshot]:
+    try:
+        return await engine_client.collective_rpc("sparseserve_stats")
+    except Exception as error:  # whatever vLLM makes of a method that its workers lack
+        raise SelfCheckError(f"the workers are not sparseserve's, see --worker-cls ({error})") from error
+
+
+def check_active(policy: str, workers: list[Snapshot]) -> None:
+    """Raise SelfCheckError unless every worker has checked its attention under `policy`."""
+    for rank, snapshot in enumerate(workers):
+        samples = (sample for name, _, _, samples in snapshot if name == "sparseserve_self_check" for sample in samples)
+        if not any(labels == {"policy": policy} and value == 1 for _, labels, value in samples):
+            raise SelfCheckError(f"worker {rank} of {len(workers)} has not checked its attention under {policy}")
 
 
 async def current_metrics(state: State) -> CollectorRegistry:
