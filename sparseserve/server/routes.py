@@ -25,6 +25,7 @@ from sparseserve.server.policy_view import ActivePolicy, active_policy
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
+LONGEST: dict[str, int] = {}  # bounds a length in the schema, once the model is known
 NO_POLICY = "This server has no policy. Remedy: start it with `sparseserve serve MODEL --policy NAME`."
 
 
@@ -59,6 +60,11 @@ router = APIRouter(
 )
 
 
+def bounded(schema: dict[str, Any]) -> None:
+    """Add the longest length."""
+    schema.update(LONGEST)
+
+
 @router.get("")
 def get_policy(what: What, registry: Metrics) -> ActivePolicy:
     """The active policy, its parameters, and what requests may ask of it."""
@@ -69,7 +75,12 @@ def get_policy(what: What, registry: Metrics) -> ActivePolicy:
 def get_plan(
     what: What,
     length: Annotated[
-        int | None, Query(ge=1, description="tokens of the row; the model's longest context without")
+        int | None,
+        Query(
+            ge=1,
+            description="tokens of the row; the model's longest context without",
+            json_schema_extra=bounded,
+        ),
     ] = None,
 ) -> Plan:
     """What every layer and KV head reads in a decode step of one row."""
@@ -107,3 +118,4 @@ class RoutesEndpoint:
         if config is not None and policy is not None:
             model = (args.served_model_name or [args.model])[0]
             state.sparseserve_served = Served(model, policy, Planner(config, policy))
+            LONGEST["maximum"] = config.model_config.max_model_len

@@ -22,6 +22,7 @@ from sparseserve.server.policy_view import active_policy
 from sparseserve.testing.plans import write_head_map
 
 pytestmark = pytest.mark.vllm
+PATHS = ("/v1/sparsity", "/v1/sparsity/plan", "/v1/sparsity/live")
 WATCHED = ("recall_sample=0.01", "recall_floor=0.9", "recall_action=widen")
 
 
@@ -230,9 +231,11 @@ def test_lengths_that_no_row_can_have_are_refused(client: TestClient, length: st
 
 def test_the_schema_describes_every_field(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
-    paths = {path: schema["paths"][path]["get"] for path in ("", "/plan", "/live") for path in [f"/v1/sparsity{path}"]}
+    paths = {path: schema["paths"][path]["get"] for path in PATHS}
     models = [paths[path]["responses"]["200"]["content"]["application/json"]["schema"]["$ref"] for path in paths]
     assert models == [f"#/components/schemas/{name}" for name in ("ActivePolicy", "Plan", "Live")]
+    (length,) = paths["/v1/sparsity/plan"]["parameters"]
+    assert length["schema"]["maximum"] == LONGEST and length["description"]
     for name in ("ActivePolicy", "Requests", "Recall", "Plan", "PlannedLayer", "HeadPlan", "Live", "LayerValues"):
         described = schema["components"]["schemas"][name]
         assert described["description"]
@@ -243,8 +246,8 @@ def test_the_schema_describes_every_field(client: TestClient) -> None:
 def test_without_an_engine_there_is_no_policy(tmp_path: Path) -> None:
     args, _ = configured(tmp_path)
     with served(args, None) as app:
-        for path in ("", "/plan", "/live"):
-            answer = TestClient(app).get(f"/v1/sparsity{path}")
+        for path in PATHS:
+            answer = TestClient(app).get(path)
             assert answer.status_code == 404
             assert "sparseserve serve" in answer.json()["error"]["message"]
 
@@ -253,9 +256,9 @@ def test_the_api_key_covers_the_numbers_and_not_the_page(tmp_path: Path) -> None
     args, config = configured(tmp_path, "--api-key", "secret")
     with served(args, Workers(config, list), page="1") as app:
         client = TestClient(app)
-        for path in ("", "/plan", "/live"):
-            assert client.get(f"/v1/sparsity{path}").status_code == 401
-            assert client.get(f"/v1/sparsity{path}", headers={"Authorization": "Bearer secret"}).status_code == 200
+        for path in PATHS:
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers={"Authorization": "Bearer secret"}).status_code == 200
         page = client.get("/sparsity")
     assert (page.status_code, page.headers["content-type"]) == (200, "text/html; charset=utf-8")
     directives = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
