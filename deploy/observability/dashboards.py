@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 SERVER = 'job=~"$job", instance=~"$instance"'
 LABELS = {"SERVER": SERVER, "MODEL": f'{SERVER}, model_name=~"$model_name"'}
-WIDTH, PANEL_HEIGHT = 24, 8  # of Grafana's grid
+WIDTH, PANEL_HEIGHT, MOST_IN_A_LINE = 24, 8, 3  # of Grafana's grid
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 VARIABLES = {
     "job": "label_values(vllm:num_requests_running, job)",
@@ -21,7 +21,9 @@ VARIABLES = {
     "model_name": f"label_values(vllm:num_requests_running{{{SERVER}}}, model_name)",
     "floor": f"label_values(sparseserve_attention_recall_bucket{{{SERVER}}}, le)",
 }
-NUMERIC = 3  # how Grafana sorts a variable's values
+ON_TIME_RANGE_CHANGE, NUMERIC = 2, 3  # when Grafana asks for a variable's values, and how it sorts them
+SEVERAL = {"multi": True, "includeAll": True, "allValue": ".*", "current": {"text": "All", "value": "$__all"}}
+FLOOR = {"current": {"text": "0.9", "value": "0.9"}}  # a bucket of the histogram
 
 
 def dashboard(spec: dict[str, Any]) -> dict[str, Any]:
@@ -46,34 +48,35 @@ def _datasource() -> dict[str, Any]:
 
 
 def _variable(name: str) -> dict[str, Any]:
-    many = name != "floor"
     return {
         "name": name,
         "type": "query",
         "datasource": DATASOURCE,
         "query": {"query": VARIABLES[name], "refId": name},
-        "refresh": 2,  # when the time range changes
+        "refresh": ON_TIME_RANGE_CHANGE,
         "sort": NUMERIC,
-    } | (
-        {"multi": True, "includeAll": True, "allValue": ".*", "current": {"text": "All", "value": "$__all"}}
-        if many
-        else {}
-    )
+    } | (FLOOR if name == "floor" else SEVERAL)
 
 
 def _grid(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of three panels, each group under its title."""
+    """Every row's title, and its panels in lines below."""
     numbers, y = count(1), 0
     placed = []
     for row in rows:
         placed.append(_row(row["title"], next(numbers), y))
         y += 1
-        for first in range(0, len(row["panels"]), 3):
-            line = row["panels"][first : first + 3]
+        for line in _lines(row["panels"]):
             width = WIDTH // len(line)
             placed += [_panel(panel, next(numbers), width * x, y, width) for x, panel in enumerate(line)]
             y += PANEL_HEIGHT
     return placed
+
+
+def _lines(panels: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """As few lines as hold the panels, and as even."""
+    lines = -(-len(panels) // MOST_IN_A_LINE)
+    size = -(-len(panels) // lines)
+    return [panels[first : first + size] for first in range(0, len(panels), size)]
 
 
 def _row(title: str, number: int, y: int) -> dict[str, Any]:
@@ -92,7 +95,7 @@ def _panel(spec: dict[str, Any], number: int, x: int, y: int, width: int) -> dic
         "gridPos": {"h": PANEL_HEIGHT, "w": width, "x": x, "y": y},
         "fieldConfig": {"defaults": {"unit": spec["unit"]}, "overrides": []},
         "options": {"textMode": spec["text"]} if "text" in spec else {},
-        "targets": [_target(query, letter) for query, letter in zip(_queries(spec), "ABCDEF", strict=False)],
+        "targets": [_target(query, chr(ord("A") + i)) for i, query in enumerate(_queries(spec))],
     }
 
 
