@@ -17,7 +17,8 @@ from sparseserve.server.process import SERVE, Server, running
 
 pytestmark = pytest.mark.e2e
 KEY = "sk-test"
-FLAGS = ["--policy", "quest", "--set", "budget_tokens=256", "--set", "min_tokens=64", "--max-request-bytes", "100000"]
+FLAGS = ["--policy", "quest", "--set", "budget_tokens=256", "--set", "min_tokens=64", "--set", "recall_sample=1"]
+FLAGS += ["--max-request-bytes", "100000"]
 VLLM_FLAGS = ["--served-model-name", "demo", "--max-model-len", "4096", "--max-num-seqs", "2", "--enforce-eager"]
 LIMITS = ["--max-num-queued-reqs", "4", "--api-key", KEY]
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -76,6 +77,11 @@ def test_choices_of_requests_are_taken_and_counted(server: Server, client: OpenA
     ]
     answers = [complete(client, name, **xargs) for name, xargs in asked]
     assert {answer.usage.completion_tokens for answer in answers} == {3}
+    outcomes = [answer.usage.sparsity for answer in answers]
+    assert [outcome["dense"] for outcome in outcomes] == [False, False, True, True, False, False]
+    assert [outcome["budget_tokens"] for outcome in outcomes] == [0, 0, 0, 0, 512, 128]
+    default, _, _, _, large, small = (outcome["recall"] for outcome in outcomes)
+    assert 0 < small < default < large < 1
     chat = client.chat.completions.create(
         model="demo@dense", messages=[{"role": "user", "content": "x"}], max_tokens=2, stream=True
     )
