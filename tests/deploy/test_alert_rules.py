@@ -7,7 +7,9 @@ from collections import defaultdict
 
 import pytest
 import yaml
-from observability import ALERTS, DEPLOY, FOLDER
+from observability import ALERTS, DASHBOARDS, DEPLOY, FOLDER
+
+SECTIONS = re.split(r"^## ", (DEPLOY / "RUNBOOK.md").read_text(), flags=re.MULTILINE)[1:]
 
 promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool (Debian package prometheus) is not installed"
@@ -39,6 +41,11 @@ def test_every_alert_says_what_how_bad_and_where_to_read_on() -> None:
 
 
 def test_the_runbook_has_a_section_for_every_alert() -> None:
-    sections = re.split(r"^## ", (DEPLOY / "RUNBOOK.md").read_text(), flags=re.MULTILINE)[1:]
-    assert [section.split("\n", 1)[0] for section in sections] == list(ALERTS)
-    assert all(part in section for section in sections for part in ("**Means**", "**Look at**", "**Do**"))
+    assert [section.split("\n", 1)[0] for section in SECTIONS] == list(ALERTS)
+    assert all(part in section for section in SECTIONS for part in ("**Means**", "**Look at**", "**Do**"))
+
+
+def test_the_runbook_looks_at_panels_that_exist() -> None:
+    titles = {panel["title"] for dashboard in DASHBOARDS.values() for panel in dashboard["panels"]}
+    looks = [section.partition("**Look at**")[2].partition("**Do**")[0] for section in SECTIONS]
+    assert {title for look in looks for title in re.findall('"([^"]+)"', look)} <= titles
