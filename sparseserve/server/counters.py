@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sparseserve.server.asgi import is_inference
 
 CHOICE = "sparseserve_choice"  # key of the scope
+STREAMED_ERROR = b'data: {"error"'  # how vLLM ends a stream, under status 200, when its engine fails
 CHOICES, OUTCOMES = ("default", "dense", "budget"), ("ok", "rejected", "aborted", "failed")
 REQUESTS = Counter("sparseserve_requests", "Requests, by what they asked of the policy.", ["choice", "outcome"])
 CONFIGURED = Gauge("sparseserve_configured", "1 for the configured policy.", ["policy"], multiprocess_mode="livemax")
@@ -53,7 +54,7 @@ class Exchange:
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send
-        self._status, self._ended, self._gone = 0, False, False
+        self._status, self._ended, self._gone, self._broken = 0, False, False, False
 
     async def receive(self) -> Message:
         message: MutableMapping[str, Any] = await self._receive()
@@ -64,6 +65,7 @@ class Exchange:
         if message["type"] == "http.response.start":
             self._status = message["status"]
         elif not self._gone:
+            self._broken |= message.get("body", b"").startswith(STREAMED_ERROR)
             self._ended = not message.get("more_body", False)
         await self._send(message)
 
@@ -74,4 +76,4 @@ class Exchange:
             return "aborted"
         if self._status == HTTPStatus.SERVICE_UNAVAILABLE or 400 <= self._status < 500:
             return "rejected"
-        return "ok" if self._ended and self._status < 400 else "failed"
+        return "ok" if self._ended and self._status < 400 and not self._broken else "failed"

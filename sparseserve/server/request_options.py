@@ -108,7 +108,7 @@ class OptionsMiddleware:
 
 async def _parse(scope: Scope, raw: bytes) -> Body | None:
     """The body of JSON or of a form; None for what is vLLM's to refuse."""
-    if Headers(scope=scope).get("content-type", "").startswith("multipart/form-data"):
+    if Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data"):
         try:
             form = await Request(scope, replay(raw, Request(scope).receive)).form()
         except (HTTPException, MultiPartException):

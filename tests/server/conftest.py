@@ -1,12 +1,17 @@
 """The app that the tests of the front share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from front_app import Front, make_front
 
+from sparseserve.server.counters import CONFIGURED, DRAINING, REQUESTS
+
 
 @pytest.fixture
-def front() -> Callable[..., Front]:
-    """Makes an app behind FrontEndpoint."""
-    return make_front
+def front() -> Iterator[Callable[..., Front]]:
+    """Makes an app behind FrontEndpoint; what it counted is forgotten, the registry is the whole process's."""
+    yield make_front
+    DRAINING.set(0)
+    REQUESTS.clear()
+    CONFIGURED.clear()

@@ -169,6 +169,15 @@ def test_crashes_are_counted_as_failed(front: Any) -> None:
     assert changed(before) == {("default", "failed"): 1}
 
 
+def test_streams_that_end_with_an_error_are_counted_as_failed(front: Any) -> None:
+    def broken(request: Any) -> Response:
+        return StreamingResponse(iter(["data: {}\n\n", 'data: {"error": {"code": 500}}\n\n', "data: [DONE]\n\n"]))
+
+    server, before = front(answer=broken), counted()
+    assert server.post(PATH, {}).status_code == 200
+    assert changed(before) == {("default", "failed"): 1}
+
+
 def test_clients_that_go_away_are_counted(front: Any) -> None:
     async def work() -> None:
         before, slow = counted(), Slow()
