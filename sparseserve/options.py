@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparseserve.errors import ConfigError
-from sparseserve.policies import Policy
+from sparseserve.policies import Dense, Policy
 
 POLICY, BUDGET = "sparse_policy", "sparse_budget_tokens"
 CHOICES = ("default", "dense")
@@ -71,7 +71,8 @@ def aliases(name: str, policy: Policy) -> list[str]:
     if bounds is not None:
         tokens = getattr(policy, "budget_tokens")  # noqa: B009 (budget policies alone have bounds)
         budgets = [size for size in (tokens // 2, tokens, 2 * tokens, 4 * tokens) if bounds[0] <= size <= bounds[1]]
-    endings = ([] if policy.frees_pages else ["dense"]) + [f"{BUDGET_ALIAS}{size}" for size in budgets]
+    changed = not (policy.frees_pages or isinstance(policy, Dense))  # by asking for dense attention
+    endings = (["dense"] if changed else []) + [f"{BUDGET_ALIAS}{size}" for size in budgets]
     return [f"{name}{ALIAS}{ending}" for ending in endings]
 
 

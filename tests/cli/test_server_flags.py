@@ -24,8 +24,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "isa", lambda: "portable")
 
 
-def start(model: str, *flags: str, sets: tuple[str, ...] = ("budget_tokens=512",)) -> Launch:
-    return prepare(find_policy("quest", sets, {}), [model, "--skip-tokenizer-init", *flags])
+def start(model: str, *flags: str, policy: str = "quest", sets: tuple[str, ...] = ("budget_tokens=512",)) -> Launch:
+    return prepare(find_policy(policy, sets, {}), [model, "--skip-tokenizer-init", *flags])
 
 
 @pytest.mark.parametrize("own", [["a", "b"], ["a", "b", "a@dense"]])
@@ -41,9 +41,20 @@ def test_a_model_without_a_name_keeps_its_path_as_its_name(models: dict[str, str
     assert names[:2] == [models["llama"], f"{models['llama']}@dense"]
 
 
-def test_a_server_without_choices_lists_no_aliases(models: dict[str, str]) -> None:
-    started = start(models["llama"], "--served-model-name", "a", sets=("per_request=false",))
-    assert started.args.served_model_name == ["a"]
+@pytest.mark.parametrize(
+    ("policy", "sets", "names"),
+    [
+        ("quest", ("per_request=false",), ["a"]),
+        ("dense", (), ["a"]),
+        ("streaming", (), ["a"]),  # frees what dense attention would need
+        ("streaming", ("kv_memory=shared",), ["a", "a@dense"]),
+    ],
+)
+def test_only_choices_that_change_something_are_listed(
+    models: dict[str, str], policy: str, sets: tuple[str, ...], names: list[str]
+) -> None:
+    started = start(models["llama"], "--served-model-name", "a", policy=policy, sets=sets)
+    assert started.args.served_model_name == names
 
 
 @pytest.mark.parametrize(
