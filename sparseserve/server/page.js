@@ -102,7 +102,7 @@ function showPlan() {
   $("length").max = plan.max_length;
   $("length").placeholder = plan.max_length;
   const rows = plan.layers[0].kv_heads.length, columns = plan.layers.length;
-  const left = 22, wide = Math.min(44, 640 / columns), high = Math.min(28, 136 / rows);
+  const left = 22, wide = Math.min(110, 640 / columns), high = Math.min(28, 136 / rows);
   const gap = Math.min(2, wide / 8, high / 8);
   const cells = plan.layers.flatMap((layer, column) => layer.kv_heads.map((head, row) => {
     const reads = `${head.reads}, ${Math.round(head.tokens)} tokens`;
@@ -163,12 +163,14 @@ function showTiles(now, density, rate) {
   const bytes = now.kv_bytes, stored = bytes?.dense_equivalent ? held(bytes) / bytes.dense_equivalent : null;
   const since = `${percent(now.density)} since the start`, fits = known(now.capacity_gain, (v) => v.toFixed(2));
   const fallbacks = known(now.dense_fallbacks, (values) => count(sum(values)));
+  const acting = now.dense_fallbacks || now.budget_widened !== null;
+  const widened = acting ? `budgets widened: ${count(now.budget_widened)}` : "none without recall_action";
   const tiles = [
     ["Density", percent(density ?? now.density), density === null ? "since the start" : since],
     ["Decode rows per second", known(rate, (v) => v.toFixed(1)), `${count(now.decode_rows)} since the start`],
     ["Recall", share(mean(now.recall)), now.recall ? "softmax mass kept, mean" : "not measured"],
     ["KV bytes against dense", percent(stored), `${fits} times the rows fit`],
-    ["Dense fallbacks", fallbacks, `budgets widened: ${count(now.budget_widened)}`],
+    ["Dense fallbacks", fallbacks, widened],
     ["Requests", now.requests ? count(requests) : "–", `failed: ${now.requests ? count(failed) : "–"}`],
   ];
   $("tiles").replaceChildren(...tiles.map(([name, value, note]) => node("div", { class: "card" },
