@@ -47,6 +47,11 @@ class Recall:
             for plan in plans:
                 metrics.LAYER_RECALL.labels(policy.name, plan.layer)
         metrics.RECALL_FLOOR.labels(policy.name).set(policy.recall_floor or 0)
+        if policy.recall_floor is not None:  # from 0 on: a scraper would miss the first of a counter that appears with it
+            metrics.UNDER_FLOOR.labels(policy.name, policy.recall_action)
+            metrics.BUDGET_WIDENED.labels(policy.name)
+            for reason in ("recall", "budget"):
+                metrics.DENSE_FALLBACK.labels(policy.name, reason)
 
     def draw(self) -> Draw | None:
         """What the next step measures; None for most."""

@@ -106,9 +106,10 @@ class MetricsEndpoint:
 
 async def _ask(engine_client: EngineClient) -> list[Snapshot]:
     try:
-        return await engine_client.collective_rpc("sparseserve_stats")
+        answers: list[Snapshot] = await engine_client.collective_rpc("sparseserve_stats")
     except Exception as error:  # whatever vLLM makes of a method that its workers lack
         raise SelfCheckError(f"the workers are not sparseserve's, see --worker-cls ({error})") from error
+    return answers
 
 
 def check_active(policy: str, workers: list[Snapshot]) -> None:
