@@ -47,7 +47,7 @@ class Recall:
             for plan in plans:
                 metrics.LAYER_RECALL.labels(policy.name, plan.layer)
         metrics.RECALL_FLOOR.labels(policy.name).set(policy.recall_floor or 0)
-        if policy.recall_floor is not None:  # from 0 on: a scraper would miss the first of a counter that appears with it
+        if policy.recall_floor is not None:  # from 0 on: scrapers miss the first of a counter that appears with it
             metrics.UNDER_FLOOR.labels(policy.name, policy.recall_action)
             metrics.BUDGET_WIDENED.labels(policy.name)
             for reason in ("recall", "budget"):
