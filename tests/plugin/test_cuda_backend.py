@@ -29,8 +29,10 @@ from sparseserve import ops
 from sparseserve.config import find_policy
 from sparseserve.errors import UnsupportedError
 from sparseserve.ops import step_scratch
+from sparseserve.options import RequestOptions
 from sparseserve.plugin import metrics, settings, stats
 from sparseserve.plugin.backend_cuda import SparseCUDABackend
+from sparseserve.plugin.requests import Request
 from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.server.launch import cuda_flags, parse
 from sparseserve.step import StepBuffers, StepMemory
@@ -145,6 +147,37 @@ def test_a_decode_batch_attends_to_what_the_policy_selects(
         assert torch.equal(out[: len(LENGTHS)], expected[layer])
         assert not out[len(LENGTHS) :].any()  # rows of padding
         assert torch.equal(worker.caches[layer][0], before[layer])
+
+
+class Asked:
+    """Stands for the requests of a worker: row r is one of `requests`."""
+
+    def __init__(self, *requests: Request) -> None:
+        self.requests, self.policy = requests, None
+
+    def rows(self, common: Any) -> list[Request | None]:
+        return [*self.requests, *[None] * (common.num_reqs - len(self.requests))]
+
+
+def test_rows_attend_to_what_their_requests_asked_for(start: Callable[..., Worker], layout: str) -> None:
+    query, key, value = data()
+    policy = POLICIES["quest"]
+    bed = Bed(policy, model_shape(), LENGTHS).fill(key, value)
+    worker = start(policy, layout=layout)
+    pages = page_table(bed)
+    filled(worker, pages, key, value)
+    asked = RequestOptions(), RequestOptions(dense=True), RequestOptions(budget_tokens=256)
+    worker.builder.serve(Asked(*map(Request.of, asked)))
+    common = DECODE.metadata(pages, "cpu")
+    metadata = worker.builder.build(0, common)
+    padded = [torch.nn.functional.pad(query, (0, 0, 0, 0, 0, 2)), last_tokens(key, 0), last_tokens(value, 0)]
+    outputs = stepped(worker, metadata, common.slot_mapping, *padded)
+    plain, wider = bed.decode(query).out, bed.decode(query, budget=torch.full((6,), 256, dtype=torch.int32)).out
+    dense = Bed(Dense(), model_shape(), LENGTHS).fill(key, value).decode(query).out
+    assert not torch.equal(plain[:, 2], wider[:, 2])
+    for layer, out in enumerate(outputs):
+        for row, expected in enumerate((plain, dense, wider)):
+            assert torch.equal(out[row], expected[layer, row])
 
 
 def test_prompts_beside_decodes_are_the_parents(start: Callable[..., Worker], layout: str) -> None:

@@ -11,10 +11,11 @@ from test_contract import CASES, MODEL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseserve.decode import decode_layer
+from sparseserve.policies import Policy, Quest
 from sparseserve.testing import target
 from sparseserve.testing.bed import Bed
 from sparseserve.testing.target import Layout
-from sparseserve.types import PageTable, Role
+from sparseserve.types import LayerPlan, PageTable, Role
 
 LENGTHS = [300, 448, 20]
 POLICIES = [name for name in CASES if name != "retrieval-compensate"]  # which waits for the host
@@ -40,18 +41,29 @@ def simulated() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_launches_of_a_layer(name: str) -> None:
-    policy, heads = CASES[name], MODEL.heads
-    bed = Bed(policy, MODEL, LENGTHS)
+def launched(policy: Policy, **measured: Any) -> Iterator[tuple[LayerPlan, int, int]]:
+    """The plan of every layer, the kernels that it launches, and what torch runs, the memory for outputs left out."""
+    heads, bed = MODEL.heads, Bed(policy, MODEL, LENGTHS)
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)
-    step = bed.buffers.step(PageTable(bed.pages, lengths), whole=lengths <= 20)
+    step = bed.buffers.step(PageTable(bed.pages, lengths), whole=lengths <= 20, **measured)
     policy.prepare(step, MODEL)
     query = torch.zeros(len(LENGTHS), heads.query_heads, heads.head_dim, dtype=torch.bfloat16)
     for layer in bed.layers:
         before = target.launches()
         with Ops() as ran:
             decode_layer(layer, step, query, torch.empty_like(query))
-        expected = 2 if layer.plan.role is Role.SELECT else 1
-        assert target.launches() - before == expected
-        assert ran.count - 1 == expected  # and the memory for the output
+        yield layer.plan, target.launches() - before, ran.count - 1
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_launches_of_a_layer(name: str) -> None:
+    for plan, kernels, ran in launched(CASES[name]):
+        assert kernels == ran == (2 if plan.role is Role.SELECT else 1)
+
+
+@pytest.mark.parametrize("measured", [(), (1, 2)], ids=["nothing", "some"])
+def test_a_graph_that_may_measure_launches_two_kernels_more_whatever_is_measured(measured: tuple[int, ...]) -> None:
+    policy = Quest(dense_layers=1, budget_tokens=128, recall_sample=0.01)
+    layers = range(1, MODEL.layers)
+    for plan, kernels, _ in launched(policy, measured=measured, launched=layers):
+        assert kernels == (4 if plan.layer in layers else 1)
