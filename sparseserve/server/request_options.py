@@ -143,7 +143,7 @@ def _refuse_misplaced(body: Body, place: Place | None) -> None:
 
 
 def _resembles_ours(key: str) -> bool:
-    return key.lower().startswith("sparse") or bool(difflib.get_close_matches(key.lower(), OURS, cutoff=0.6))
+    return key.lower().startswith("sparse") or bool(difflib.get_close_matches(key.lower(), OURS, cutoff=0.75))
 
 
 def _at(body: Any, place: Place) -> Any:
