@@ -44,11 +44,16 @@ SEAMS = {
         "CommonAttentionMetadata:query_start_loc_cpu",
         "CommonAttentionMetadata:seq_lens_cpu_upper_bound",
         "CommonAttentionMetadata:is_prefilling",
+        "CommonAttentionMetadata:req_idx",
     ],
     "vllm.v1.sample.logits_processor": ["AdapterLogitsProcessor.new_req_logits_processor"],
     "vllm.v1.kv_cache_interface": ["FullAttentionSpec:page_size_padded", "FullAttentionSpec.unpadded_page_size_bytes"],
     "vllm.model_executor.models.utils": ["extract_layer_index"],
     "vllm.config": ["VllmConfig:additional_config", "ParallelConfig:worker_cls"],
+    "vllm.v1.worker.cpu_worker": ["CPUWorker.compile_or_warm_up_model", "CPUWorker.execute_model"],
+    "vllm.v1.worker.gpu_worker": ["Worker.initialize_from_config"],
+    "vllm.entrypoints.serve.middleware.authenticate": ["AuthenticationMiddleware.verify_token"],
+    "vllm.entrypoints.serve.exception_handling.error_response": ["create_error_response"],
     "vllm.entrypoints.cli.serve": ["ServeSubcommand.cmd", "ServeSubcommand.subparser_init"],
 }
 
