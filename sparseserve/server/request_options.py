@@ -25,6 +25,7 @@ from sparseserve.server.limits import replay
 
 OURS = (POLICY, BUDGET)
 VLLMS = {"session_id", "kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"}  # keys that vLLM reads
+ADAPTER = "x-amzn-sagemaker-adapter-identifier"
 Place = tuple[str, ...]
 XARGS: Place = ("vllm_xargs",)
 DECODING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
@@ -66,6 +67,13 @@ class OptionReader:
         options = read_options({**given, **chosen}, self.policy)
         return options, _put(body, place, chosen) | {"model": name} if chosen else body
 
+    def check_adapter(self, adapter: str, names: Sequence[str]) -> None:
+        """ConfigError for an alias in SageMaker's header: it replaces the model behind us, and its choice would be lost."""
+        name, chosen = read_alias(adapter, own_names(names, self.policy))
+        if chosen:
+            remedy = "write the alias as the model of the body"
+            raise ConfigError(ADAPTER, adapter, f"{name}, or an adapter: no alias", remedy=remedy)
+
     def _alias(self, model: str, names: Sequence[str]) -> tuple[str, dict[str, Any]]:
         name, chosen = read_alias(model, own_names(names, self.policy))
         if chosen and not self.policy.per_request:
@@ -95,6 +103,7 @@ class OptionsMiddleware:
         body = await _parse(scope, raw)
         if body is not None:
             try:
+                self._reader.check_adapter(Headers(scope=scope).get(ADAPTER, ""), self._names())
                 options, wanted = self._reader.read(path_of(scope), body, self._names())
             except ConfigError as wrong:
                 refusal = error(scope, HTTPStatus.BAD_REQUEST, str(wrong), wrong.problem.key)

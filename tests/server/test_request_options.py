@@ -60,6 +60,14 @@ def test_token_requests_carry_options_in_their_sampling_params(front: Any) -> No
     assert wrong.status_code == 400 and "belongs in sampling_params.extra_args" in wrong.json()["error"]["message"]
 
 
+def test_an_alias_in_the_header_of_sagemaker_is_refused(front: Any) -> None:
+    """That header replaces the model behind us: the alias would be served without its choice."""
+    server, header = front(), "X-Amzn-SageMaker-Adapter-Identifier"
+    refused = server.post("/invocations", {"model": "demo"}, headers={header: "demo@dense"})
+    assert refused.status_code == 400 and "demo@dense is refused" in refused.json()["error"]["message"]
+    assert server.post("/invocations", {"model": "demo"}, headers={header: "adapter"}).status_code == 200
+
+
 def test_batches_of_chats_hand_on_their_xargs() -> None:
     """vLLM's schema of a batch does not name vllm_xargs, but keeps what it does not know."""
     batch = BatchChatCompletionRequest(
