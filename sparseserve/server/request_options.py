@@ -68,7 +68,7 @@ class OptionReader:
         return options, _put(body, place, chosen) | {"model": name} if chosen else body
 
     def check_adapter(self, adapter: str, names: Sequence[str]) -> None:
-        """ConfigError for an alias in SageMaker's header, which replaces the model behind us: its choice would be lost."""
+        """ConfigError for an alias in SageMaker's header: it replaces the model behind us, without its choice."""
         name, chosen = read_alias(adapter, own_names(names, self.policy))
         if chosen:
             remedy = "write the alias as the model of the body"
