@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from sparseserve import ops
@@ -57,8 +56,5 @@ def _measure(layer: SparseLayer, step: Step, measurement: Measurement, query: Te
     table, number = step.table, layer.plan.layer
     spans = replace(step.everything, spans=measurement.spans[number])
     dense, lse = ops.attend(query, layer.kv, table.pages, table.seq_lens, spans, layer.scale, scratch=step.scratch)
-    ops.compare_outputs(out, step.lse, dense, lse, measurement.recall[number], measurement.error[number])
-    floor = layer.policy.recall_floor
-    if floor is not None and layer.policy.recall_action != "report":
-        lost = measurement.recall[number] < floor  # NaN, of rows that are not measured, is not
-        torch.where(lost[:, None, None], dense, out, out=out)
+    floor = 0 if layer.policy.recall_action == "report" else layer.policy.recall_floor or 0
+    ops.compare_outputs(out, step.lse, dense, lse, measurement.recall[number], measurement.error[number], floor)

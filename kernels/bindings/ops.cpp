@@ -90,8 +90,8 @@ void write_tokens(const Tensor& key, const Tensor& value, const Tensor& slots, T
                          static_cast<const int64_t*>(slots.const_data_ptr()), slots.stride(0)});
 }
 
-void compare_outputs(const Tensor& out, const Tensor& lse, const Tensor& dense_out, const Tensor& dense_lse,
-                     Tensor recall, Tensor error) {
+void compare_outputs(Tensor out, const Tensor& lse, const Tensor& dense_out, const Tensor& dense_lse, Tensor recall,
+                     Tensor error, double floor) {
   const DeviceOf device(out);
   check_shape(out, "out", {-1, -1, -1});
   const int64_t rows = out.size(0), heads = out.size(1), dim = check_head_dim(out.size(2));
@@ -100,7 +100,8 @@ void compare_outputs(const Tensor& out, const Tensor& lse, const Tensor& dense_o
                             outputs_of(dense_out, "dense_out", dense_lse, "dense_lse", rows, heads, dim, type),
                             dtype_of(out, "out"), rows, heads, dim,
                             dense<float>(recall, "recall", ScalarType::Float, {rows}),
-                            dense<float>(error, "error", ScalarType::Float, {rows})});
+                            dense<float>(error, "error", ScalarType::Float, {rows}), out.mutable_data_ptr(),
+                            static_cast<float>(floor)});
 }
 
 void select_units(const Tensor& scores, const Tensor& seq_lens, int64_t unit_tokens, const Tensor& sink,

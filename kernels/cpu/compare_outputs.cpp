@@ -1,5 +1,6 @@
 // What sparse attention loses against dense attention, row by row.
 #include <cmath>
+#include <cstring>
 
 #include "isa.h"
 #include "kernels.h"
@@ -24,6 +25,11 @@ void compare(const CompareParams& p, int64_t row) {
   }
   p.recall[row] = recall / static_cast<float>(p.heads);
   p.error[row] = error / static_cast<float>(p.heads);
+  const int64_t size = size_of(p.dtype);
+  for (int64_t head = 0; head < p.heads && p.loses(row); ++head) {
+    std::memcpy(static_cast<char*>(p.to) + p.sparse.offset(row, head) * size,
+                static_cast<const char*>(p.dense.data) + p.dense.offset(row, head) * size, p.head_dim * size);
+  }
 }
 
 }  // namespace

@@ -49,10 +49,19 @@ __global__ void __launch_bounds__(32 * kMostWarps) compare_kernel(const __grid_c
   }
   if (lane == 0) sums[2 * warp] = recall, sums[2 * warp + 1] = error;
   __syncthreads();
-  if (threadIdx.x >= 2) return;
-  float sum = 0.f;
-  for (int i = 0; i < warps; ++i) sum += sums[2 * i + threadIdx.x];
-  (threadIdx.x == 0 ? p.recall : p.error)[row] = sum / static_cast<float>(heads);
+  if (threadIdx.x < 2) {
+    float sum = 0.f;
+    for (int i = 0; i < warps; ++i) sum += sums[2 * i + threadIdx.x];
+    (threadIdx.x == 0 ? p.recall : p.error)[row] = sum / static_cast<float>(heads);
+  }
+  if (p.floor == 0.f) return;
+  __syncthreads();
+  if (!p.loses(row)) return;
+  for (int head = warp; head < heads; head += warps) {
+    T* to = static_cast<T*>(p.to) + p.sparse.offset(row, head);
+    const T* from = static_cast<const T*>(p.dense.data) + p.dense.offset(row, head);
+    for (int d = lane; d < static_cast<int>(p.head_dim); d += 32) to[d] = from[d];
+  }
 }
 
 }  // namespace

@@ -300,7 +300,13 @@ def attend(
 
 
 def compare_outputs(
-    out: Tensor, lse: Tensor, dense_out: Tensor, dense_lse: Tensor, recall: Tensor, error: Tensor
+    out: Tensor,
+    lse: Tensor,
+    dense_out: Tensor,
+    dense_lse: Tensor,
+    recall: Tensor,
+    error: Tensor,
+    floor: float = 0,
 ) -> None:
     """Write what attention over a selection loses against dense attention, means over the query heads of a row.
 
@@ -308,9 +314,11 @@ def compare_outputs(
     recall [B] fp32 is exp(lse - dense_lse), the softmax mass that the selection keeps; error [B] fp32 is
     |out - dense_out| / |dense_out|, and 0 where nothing differs. A row in which dense attention of a head took nothing,
     dense_lse -inf, gives NaN in both. A row's result does not depend on the other rows.
+
+    A row whose recall is less than `floor` takes dense_out in place of its out.
     """
     kernels(out.device.type)
-    torch.ops.sparseserve.compare_outputs(out, lse, dense_out, dense_lse, recall, error)
+    torch.ops.sparseserve.compare_outputs(out, lse, dense_out, dense_lse, recall, error, floor)
 
 
 def step_scratch(rows: int, heads: int, head_dim: int, device: torch.device) -> Tensor:

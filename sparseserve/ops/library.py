@@ -31,8 +31,8 @@ SCHEMAS = {
     f"Tensor(b!) spans, Tensor(c!) units, Tensor(d!) count, Tensor(f!)? scores=None, {_SCRATCH}) -> ()",
     "write_tokens": "(Tensor key, Tensor value, Tensor slots, Tensor(a!) to_key, Tensor(b!) to_value, "
     "Tensor places) -> ()",
-    "compare_outputs": "(Tensor out, Tensor lse, Tensor dense_out, Tensor dense_lse, Tensor(a!) recall, "
-    "Tensor(b!) error) -> ()",
+    "compare_outputs": "(Tensor(a!) out, Tensor lse, Tensor dense_out, Tensor dense_lse, Tensor(b!) recall, "
+    "Tensor(c!) error, float floor) -> ()",
     "attend": "(Tensor query, Tensor key, Tensor value, Tensor pages, Tensor seq_lens, Tensor spans, Tensor units, "
     "Tensor count, int unit_tokens, float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) attended, "
     f"Tensor? places=None, {_SCRATCH}) -> ()",

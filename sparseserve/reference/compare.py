@@ -13,6 +13,7 @@ def compare_outputs(
     dense_lse: Tensor,
     recall: Tensor,
     error: Tensor,
+    floor: float = 0,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """See `sparseserve.ops.compare_outputs`; `dtype` is that of the arithmetic."""
@@ -22,3 +23,5 @@ def compare_outputs(
     kept = (lse.to(dtype) - dense_lse.to(dtype)).exp()
     for to, of_heads in ((recall, kept), (error, errors)):
         to.copy_(of_heads.mean(1).masked_fill(nothing, torch.nan))
+    lost = recall < floor
+    out[lost] = dense_out[lost]

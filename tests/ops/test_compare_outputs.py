@@ -79,6 +79,18 @@ def test_rows_without_dense_attention_are_not_numbers(isa: str) -> None:
     assert all(torch.equal(found.isnan(), none) for found in plain)
 
 
+@pytest.mark.parametrize("point", GRID, ids=lambda point: "-".join(map(str, point.values())))
+def test_rows_under_the_floor_take_the_dense_output(point: dict[str, Any], isa: str) -> None:
+    out, lse, dense, dense_lse = make({**point, "rows": 9})
+    dense_lse[4] = -INF  # not measured
+    recall, _ = measured((out, lse, dense, dense_lse))
+    floor = float(recall[recall.isfinite()].median())
+    expected = torch.where((recall < floor)[:, None, None], dense, out)
+    again, _ = measured((out, lse, dense, dense_lse), floor=floor)
+    assert torch.equal(out, expected) and torch.equal(again.nan_to_num(2), recall.nan_to_num(2))
+    assert 0 < int((recall < floor).sum()) < 9
+
+
 @pytest.mark.parametrize("point", GRID[:4], ids=str)
 def test_rows_are_independent(point: dict[str, Any], isa: str) -> None:
     arguments = make({**point, "rows": 9})
@@ -122,5 +134,5 @@ def test_wrong_arguments_are_named(change: Any, message: str) -> None:
 
 def test_opcheck() -> None:
     arguments = make({"dtype": torch.bfloat16, "head_dim": 64, "heads": 2, "rows": 3})
-    inputs = *arguments, torch.zeros(3), torch.zeros(3)
+    inputs = *arguments, torch.zeros(3), torch.zeros(3), 0.5
     torch.library.opcheck(torch.ops.sparseserve.compare_outputs.default, inputs, test_utils=OPCHECKS)

@@ -257,6 +257,10 @@ struct CompareParams {
   int64_t head_dim;  // D
   float* recall;     // [B]
   float* error;      // [B]
+  void* to;          // the sparse output, where rows whose recall is less than `floor` take the dense one
+  float floor;
+
+  constexpr bool loses(int64_t row) const { return recall[row] < floor; }  // not NaN, of rows that are not measured
 };
 
 constexpr int kSearchStages = 3;
