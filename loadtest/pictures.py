@@ -1,0 +1,120 @@
+"""The pictures of a report, as SVG text."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from loadtest.metrics import Sample, kv_bytes
+from loadtest.results import Results, SettingResult
+from loadtest.statistics import Estimate
+
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "loadtest"}
+GRID: Any = {"color": "#dddddd", "linewidth": 0.6}
+COLOURS = ("#1f5fa8", "#d97a1f", "#3d8f4f", "#8a4fa3", "#b5485d", "#50808e", "#8c6d1f", "#444444")
+CONTROL = "#c0392b"
+MIB = 2**20
+
+
+def throughput_against_latency(results: Results) -> str:
+    """Output tokens a second against p95 of TTFT and of TPOT; a point for every load."""
+    figure = Figure(figsize=(9.2, 3.7), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, 2), ("ttft_p95", "tpot_p95"), strict=True):
+        for setting, style in _styled(results):
+            pairs = [(cell.estimates.get(metric), cell.estimates.get("output_throughput")) for cell in setting.cells]
+            points = sorted((x.value, y.value) for x, y in pairs if x and y)
+            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, **style)
+        _finish(axes, f"{metric[:4].upper()} p95, ms", "output tokens per second")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def goodput(results: Results) -> str:
+    """Requests within the objective a second, by load, with intervals."""
+    figure = Figure(figsize=(6.4, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    names = [load.name for load in results.scenario.loads]
+    for number, (setting, style) in enumerate(_styled(results)):
+        shift = 0.1 * (number - (len(results.settings) - 1) / 2)
+        bars = [cell.estimates.get("goodput", Estimate(0, 0, 0, [])) for cell in setting.cells]
+        errors = [[bar.value - max(0, bar.low) for bar in bars], [bar.high - bar.value for bar in bars]]
+        places = [place + shift for place in range(len(names))]
+        axes.errorbar(
+            places, [bar.value for bar in bars], errors, marker="o", markersize=4, capsize=2, **style | {"ls": ""}
+        )
+    axes.set_xticks(range(len(names)), names)
+    _finish(axes, "load", "requests within the SLO per second")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def over_time(results: Results, samples: dict[str, list[Sample]]) -> str | None:
+    """KV bytes that rows hold and the share of the KV cache in use, at the last load; `samples` by setting. None
+    where no server told either."""
+    figure = Figure(figsize=(9.2, 3.4), layout="constrained")
+    held, used = figure.subplots(1, 2)
+    drawn = False
+    for setting, style in _styled(results):
+        run = samples[setting.name]
+        held_mib = [(s["time"] - run[0]["time"], b / MIB) for s in run if (b := kv_bytes(s)) is not None]
+        usage = [(s["time"] - run[0]["time"], 100 * s["kv_usage"]) for s in run if "kv_usage" in s]
+        for axes, points in ((held, held_mib), (used, usage)):
+            axes.plot([x for x, _ in points], [y for _, y in points], **style | {"label": setting.name})
+            drawn |= bool(points)
+    _finish(held, "seconds", "KV bytes that rows hold, MiB")
+    _finish(used, "seconds", "KV cache in use, %")
+    figure.legend(*used.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return _svg(figure) if drawn else None
+
+
+def pareto(results: Results) -> str | None:
+    """Accuracy against the median time per output token at the highest load; None where no accuracy is known."""
+    load = results.scenario.loads[-1].name
+    points = [
+        (setting, style, one.value, 100 * setting.accuracy)
+        for setting, style in _styled(results)
+        if setting.accuracy is not None and (one := setting.cell(load).estimates.get("tpot_p50"))
+    ]
+    if not points:
+        return None
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    front = [(x, y) for _, _, x, y in points if not any(a <= x and b >= y and (a, b) != (x, y) for *_, a, b in points)]
+    axes.plot(*zip(*sorted(front), strict=True), color="#bbbbbb", linewidth=1, zorder=1)
+    for _, style, x, y in points:
+        axes.plot([x], [y], marker="o", **style | {"ls": ""})
+    axes.set_ylim(-5, 108)
+    axes.set_xlim(0, 1.12 * max(x for _, _, x, _ in points))
+    _finish(axes, f"TPOT p50 at {load}, ms", "accuracy, %", zero=False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def _styled(results: Results) -> list[tuple[SettingResult, dict[str, Any]]]:
+    """Settings with their line; the control and its repetition share a colour."""
+    policies = [one for one in results.settings if one.role == "policy"]
+    styles = {"control": {"color": CONTROL, "ls": "-"}, "again": {"color": CONTROL, "ls": ":"}}
+    for number, one in enumerate(policies):
+        styles[one.name] = {"color": COLOURS[number % len(COLOURS)], "ls": ("-", "--")[number // len(COLOURS) % 2]}
+    return [
+        (one, {**styles[one.name if one.role == "policy" else one.role], "label": one.name}) for one in results.settings
+    ]
+
+
+def _finish(axes: Axes, x: str, y: str, zero: bool = True) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(**GRID)
+    if zero:
+        axes.set_ylim(bottom=0)
+
+
+def _svg(figure: Figure) -> str:
+    text = StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,167 @@
+"""Servers as a load test sees them: a URL, a served model, and a process where we started it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from loadtest.prompts import Tokens, source
+from loadtest.scenario import LoadTestError
+from loadtest.setting import PLUGIN_FREE, Setting
+
+START, STOP = 300.0, 60.0  # seconds
+SERVED_NAME = "loadtest"
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server."""
+
+    url: str
+    model: str  # the name that requests give
+    command: str  # starts it again
+    process: subprocess.Popen[bytes] | None = None  # of a server that we started
+    log: Path | None = None
+
+    def client(self, timeout: float = 60.0) -> httpx.Client:
+        """For single requests, with the key that `vllm bench serve` takes, too."""
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=self.url, timeout=timeout, headers=headers)
+
+    def status(self, path: str) -> int:
+        """HTTP status of a GET; 0 where nothing listens."""
+        with self.client(5.0) as client:
+            try:
+                return client.get(path).status_code
+            except httpx.TransportError:
+                return 0
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON answer of a POST; LoadTestError for any other."""
+        with self.client() as client:
+            answer = client.post(path, json={"model": self.model} | body)
+        if answer.is_error:
+            raise LoadTestError(f"{self.url}{path} answers {answer.status_code}: {answer.text[:500]}")
+        return answer.json()
+
+    def tokens(self, text: Path | None) -> Tokens:
+        """What prompts out of `text` must know of the tokenizer."""
+        sample = source(text)[:20000]
+        size = len(sample) / self.post("/tokenize", {"prompt": sample})["count"]
+        with_space, ended = (self._ids(words) for words in ("is 7", "is "))
+        return Tokens(size, with_space[:-1] == ended)
+
+    def processes(self) -> list[psutil.Process]:
+        """The server's process and all that it started."""
+        if self.process is None:
+            raise LoadTestError("the processes of a server at --url are not ours to look at")
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def worker(self) -> psutil.Process:
+        """vLLM's worker."""
+        for process in self.processes():
+            with suppress(psutil.Error):
+                if "Worker" in " ".join(process.cmdline()):
+                    return process
+        raise LoadTestError(f"{self.url} has no worker process")
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code, or None where it still runs after so long."""
+        assert self.process is not None
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _ids(self, words: str) -> list[int]:
+        ids: list[int] = self.post("/tokenize", {"prompt": words, "add_special_tokens": False})["tokens"]
+        return ids
+
+
+def command(setting: Setting, model: str, flags: Sequence[str]) -> list[str]:
+    """Serves `model` under `setting`; vLLM's own server where it is plugin-free."""
+    if setting.policy == PLUGIN_FREE:
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
+    pairs = [word for pair in setting.pairs for word in ("--set", pair)]
+    return [sys.executable, "-m", "sparseserve", "serve", model, "--policy", setting.policy, *pairs, *flags]
+
+
+@contextmanager
+def serving(setting: Setting, model: str, flags: Sequence[str], log: Path) -> Iterator[Server]:
+    """A server of its own for `setting`, until the end; LoadTestError where it does not start."""
+    server = start(setting, model, flags, log)
+    try:
+        _wait_until_healthy(server)
+        yield server
+    finally:
+        stop(server)
+
+
+def start(setting: Setting, model: str, flags: Sequence[str], log: Path) -> Server:
+    """Start a server, without waiting for it."""
+    port = _free_port()
+    words = [*command(setting, model, flags), "--served-model-name", SERVED_NAME]
+    words += ["--host", "127.0.0.1", "--port", str(port)]
+    line = shlex.join(["python", *words[1:]])
+    env = os.environ | ({"VLLM_PLUGINS": ""} if setting.policy == PLUGIN_FREE else {})
+    with log.open("wb") as output:
+        output.write(f"{line}\n".encode())
+        output.flush()
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+    return Server(f"http://127.0.0.1:{port}", SERVED_NAME, line, process, log)
+
+
+def stop(server: Server) -> None:
+    """End a server and whatever it left behind."""
+    assert server.process is not None
+    with suppress(psutil.NoSuchProcess):
+        family = server.processes()
+        server.process.terminate()
+        psutil.wait_procs(family, STOP)
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    server.process.wait()
+
+
+@contextmanager
+def running_at(url: str, alias: str) -> Iterator[Server]:
+    """A server that runs already; `alias` is what its model's name ends with, as in NAME@dense."""
+    plain = Server(url.rstrip("/"), "", f"(the server at {url})")
+    try:
+        with plain.client() as client:
+            name = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+    except httpx.HTTPError as error:
+        raise LoadTestError(f"--url {url} is no OpenAI-compatible server: {error}") from None
+    yield Server(plain.url, name if alias == "default" else f"{name}@{alias}", plain.command)
+
+
+def _wait_until_healthy(server: Server) -> None:
+    deadline = time.monotonic() + START
+    while time.monotonic() < deadline and server.process is not None and server.process.poll() is None:
+        if server.status("/health") == httpx.codes.OK:
+            return
+        time.sleep(0.5)
+    text = server.log.read_text(errors="replace") if server.log else ""
+    raise LoadTestError(f"the server did not start; the end of {server.log}:\n{text[-3000:]}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
