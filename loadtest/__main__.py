@@ -16,11 +16,6 @@ FLAGGED, REFUSED = 1, 2  # exit codes
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 
-@app.callback()
-def _group() -> None:
-    """Load tests of servers with sparse attention."""
-
-
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 Model = Annotated[str, typer.Option(help="As `vllm serve` takes it; with --url, where the tokenizer is.")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="For results, logs and samples.")]
@@ -67,6 +62,42 @@ def run(
     for one in results.flagged:
         typer.echo(f"flagged: {one.name}: {'; '.join(one.problems)}", err=True)
     raise typer.Exit(FLAGGED if results.flagged else 0)
+
+
+@app.command(context_settings=PASSED_ON)
+def soak(
+    ctx: typer.Context,
+    model: Model,
+    out: Out,
+    policy: Annotated[str, typer.Option(metavar="NAME[:KEY=VALUE]...")] = "dense",
+    minutes: Annotated[float, typer.Option(min=0, help="How long; a few rounds are made in any case.")] = 10.0,
+) -> None:
+    """Traffic with clients that go away; memory and pages must not drift. Other options go to `vllm serve`."""
+    from loadtest.checks import show
+    from loadtest.server import serving
+    from loadtest.setting import setting
+    from loadtest.soak import soak
+
+    out.mkdir(parents=True, exist_ok=True)
+    with serving(setting(policy), model, ctx.args, out / "server.log") as server:
+        checks = soak(server, minutes, typer.echo)
+    raise typer.Exit(0 if show(f"soak: {policy}, {minutes:g} minutes", checks) else FLAGGED)
+
+
+@app.command(context_settings=PASSED_ON)
+def chaos(
+    ctx: typer.Context,
+    model: Model,
+    out: Out,
+    policy: Annotated[str, typer.Option(metavar="NAME[:KEY=VALUE]...")] = "dense",
+) -> None:
+    """Kill, stop, overflow, go away: each with what must come of it. Other options go to `vllm serve`."""
+    from loadtest.chaos import chaos
+    from loadtest.checks import show
+    from loadtest.setting import setting
+
+    checks = chaos(setting(policy), model, ctx.args, out, typer.echo)
+    raise typer.Exit(0 if show(f"chaos: {policy}", checks) else FLAGGED)
 
 
 def main() -> int:

@@ -1,0 +1,162 @@
+"""What breaks in production, done on purpose, with what must come of it."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from http import HTTPStatus
+from pathlib import Path
+
+from loadtest.checks import Check
+from loadtest.metrics import scrape
+from loadtest.prompts import Prompt, Writer, document, source
+from loadtest.server import Server, serving, start, stop
+from loadtest.setting import Setting
+from loadtest.traffic import Stream, complete, is_idle, streaming, wait_until_idle
+
+LENGTH, SHORT = 2000, 300  # tokens of prompts
+LONG_ANSWER = 400  # tokens
+QUEUE = 8  # requests, --max-num-queued-reqs
+CLIENTS = 4 * QUEUE
+PAUSE = 3.0  # seconds that the worker stands still
+SOON = 60.0  # seconds in which a server must have noticed
+
+
+def chaos(setting: Setting, model: str, flags: Sequence[str], folder: Path, say: Callable[[str], None]) -> list[Check]:
+    """Three servers: one survives and is then told to stop, one loses its worker, one has a bad artifact."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checks = list[Check]()
+    limited = [*flags, "--max-num-queued-reqs", str(QUEUE)]
+    with serving(setting, model, limited, folder / "survivor.log") as server:
+        for case in (aborted_clients, queue_overflow, stopped_worker, told_to_stop):
+            say(case.__name__.replace("_", " "))
+            checks += case(server, *_prompts(server, case.__name__))
+    say("killed worker")
+    with serving(setting, model, flags, folder / "killed.log") as server:
+        checks += killed_worker(server, *_prompts(server, "killed"))
+    say("corrupt artifact")
+    return [*checks, *corrupt_artifact(model, flags, folder)]
+
+
+def aborted_clients(server: Server, long: Prompt, short: Prompt) -> Iterator[Check]:
+    """Clients go away in the middle of their answers."""
+    with ExitStack() as open_streams:
+        for _ in range(4):
+            open_streams.enter_context(streaming(server, long.text, LONG_ANSWER, whole=True)).step()
+        running = scrape(server).get("running")
+    yield Check("clients go away: running before", "4", f"{running}", running == 4)
+    sample = wait_until_idle(server)
+    yield Check("afterwards: requests, KV cache in use", "none, 0", _state(sample), is_idle(sample))
+    yield _answers("afterwards: a question", server, short)
+
+
+def queue_overflow(server: Server, long: Prompt, short: Prompt) -> Iterator[Check]:
+    """More at once than the queue takes."""
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        streams = list(threads.map(lambda _: complete(server, long.text, 16), range(CLIENTS)))
+    statuses = sorted({stream.status for stream in streams})
+    counts = ", ".join(f"{sum(stream.status == one for stream in streams)} x {one}" for one in statuses)
+    yield Check(f"{CLIENTS} clients, a queue of {QUEUE}", "some 200, the others 503", counts, statuses == [200, 503])
+    refused = [stream for stream in streams if stream.status == HTTPStatus.SERVICE_UNAVAILABLE]
+    told = sum("retry-after" in stream.response.headers for stream in refused)
+    yield Check("the refused: Retry-After", f"{len(refused)}", f"{told}", told == len(refused))
+    whole = [stream for stream in streams if stream.status == HTTPStatus.OK]
+    good = sum(bool(stream.finish) and not stream.error for stream in whole)
+    yield Check("the others: whole answers", f"{len(whole)}", f"{good}", good == len(whole))
+    yield _answers("afterwards: a question", server, short)
+
+
+def stopped_worker(server: Server, long: Prompt, short: Prompt) -> Iterator[Check]:
+    """The worker stands still for a while, as under a debugger or a hypervisor that moves it."""
+    alone = complete(server, long.text, LONG_ANSWER, whole=True)
+    worker = server.worker()
+    with streaming(server, long.text, LONG_ANSWER, whole=True) as stream:
+        stream.step()
+        worker.suspend()
+        time.sleep(PAUSE)
+        worker.resume()
+        stream.rest()
+    same = stream.text == alone.text and not stream.error and stream.tokens == LONG_ANSWER
+    yield Check("worker stopped, then continued: the stream", "the answer of before", _ended(stream), same)
+    yield _answers("afterwards: a question", server, short)
+
+
+def told_to_stop(server: Server, long: Prompt, short: Prompt) -> Iterator[Check]:
+    """SIGTERM while a client reads."""
+    assert server.process is not None
+    with streaming(server, long.text, LONG_ANSWER, whole=True) as stream:
+        stream.step()
+        server.process.send_signal(signal.SIGTERM)
+        ready = _until(lambda: server.status("/ready") == HTTPStatus.SERVICE_UNAVAILABLE, SOON)
+        refused = complete(server, short.text, 16)
+        stream.rest()
+    yield Check("SIGTERM with an open stream: /ready", "503", "503" if ready else "never 503", ready)
+    unavailable = refused.status == HTTPStatus.SERVICE_UNAVAILABLE
+    yield Check("a new request", "503", f"{refused.status}", unavailable)
+    whole = stream.finish == "length" and stream.tokens == LONG_ANSWER and not stream.error
+    yield Check("the open stream", f"whole, {LONG_ANSWER} tokens", _ended(stream), whole)
+    code = server.wait(SOON)
+    yield Check("exit code", "0", f"{code}", code == 0)
+
+
+def killed_worker(server: Server, long: Prompt, short: Prompt) -> Iterator[Check]:
+    """The kernel kills the worker, as it does where memory runs out."""
+    with streaming(server, long.text, LONG_ANSWER, whole=True) as stream:
+        stream.step()
+        server.worker().kill()
+        stream.rest()
+    yield Check("worker killed: the open stream", "ends with an error", _ended(stream), bool(stream.error))
+    code = server.wait(SOON)
+    yield Check("exit code, for the supervisor to start it again", "not 0", f"{code}", code not in (None, 0))
+    left = server.status("/health")
+    yield Check("what still listens", "nothing", "nothing" if not left else f"/health {left}", not left)
+
+
+def corrupt_artifact(model: str, flags: Sequence[str], folder: Path) -> Iterator[Check]:
+    """A server starts again, and its artifact has been cut off."""
+    artifact = folder / "corrupt.json"
+    artifact.write_text('{"0": [1, 2], "1": [')
+    server = start(Setting("retrieval", (f"artifact={artifact}",)), model, flags, folder / "corrupt.log")
+    try:
+        code = server.wait(2 * SOON)
+    finally:
+        stop(server)
+    log = (folder / "corrupt.log").read_text(errors="replace").split("\n", 1)[1]
+    yield Check("artifact cut off: exit code", "2", f"{code}", code == 2)
+    named = artifact.name in log and "Traceback" not in log
+    yield Check(
+        "its message", "names the file, no traceback", log.strip().splitlines()[-1][:200] if log.strip() else "", named
+    )
+
+
+def _prompts(server: Server, name: str) -> tuple[Prompt, Prompt]:
+    writer = Writer(f"chaos {name}", source(None), server.tokens(None).characters)
+    return document(writer, LENGTH), document(writer, SHORT)
+
+
+def _answers(of: str, server: Server, asked: Prompt) -> Check:
+    """A short question, which every policy answers as dense attention does."""
+    stream = complete(server, asked.text, 16)
+    return Check(of, f"{asked.answer}", stream.text or stream.error[:200], f"{asked.answer}" in stream.text)
+
+
+def _state(sample: dict[str, float]) -> str:
+    waiting = sample.get("running", -1) + sample.get("waiting", -1)
+    return f"{waiting:.0f}, {sample.get('kv_usage', -1):.3f}"
+
+
+def _ended(stream: Stream) -> str:
+    error = f", {stream.error[:120]}" if stream.error else ""
+    return f"{stream.tokens} tokens, finish_reason {stream.finish or 'none'}{error}"
+
+
+def _until(holds: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if holds():
+            return True
+        time.sleep(0.1)
+    return False
