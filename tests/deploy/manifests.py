@@ -1,0 +1,180 @@
+"""What must hold for manifests, whoever wrote them: each law lists what breaks it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Manifest = dict[str, Any]
+CHECKS = Path(__file__).parents[2] / ".venv-checks" / "bin"
+WRITABLE = {"/tmp", "/dev/shm", "/home/sparseserve"}
+
+
+def ask(command: str, items: list[Any]) -> list[Any]:
+    """What `checks.py` answers, in an environment of its own."""
+    script = [str(CHECKS / "python"), str(Path(__file__).with_name("checks.py")), command]
+    answered = subprocess.run(script, input=json.dumps(items), capture_output=True, text=True)
+    assert answered.returncode == 0, answered.stderr
+    answers: list[Any] = json.loads(answered.stdout)
+    return answers
+
+
+def pods(manifests: list[Manifest]) -> list[Manifest]:
+    """The templates of all pods."""
+    return [template for _, template in owned(manifests)]
+
+
+def owned(manifests: list[Manifest]) -> Iterator[tuple[Manifest, Manifest]]:
+    """Every pod template, with what makes pods of it."""
+    for manifest in manifests:
+        if manifest["kind"] == "Deployment":
+            yield manifest, manifest["spec"]["template"]
+        elif manifest["kind"] == "LeaderWorkerSet":
+            group = manifest["spec"]["leaderWorkerTemplate"]
+            yield from ((manifest, group[f"{role}Template"]) for role in ("leader", "worker"))
+
+
+def as_pods(manifests: list[Manifest]) -> list[Manifest]:
+    """The pods of groups as manifests of their own, for what does not know LeaderWorkerSets."""
+    templates = pods(of_kind(manifests, "LeaderWorkerSet"))
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            **pod,
+            "metadata": pod["metadata"] | {"name": f"pod-{i}", "namespace": "apart"},
+        }
+        for i, pod in enumerate(templates)
+    ]
+
+
+def containers(pod: Manifest) -> list[Manifest]:
+    """All of a pod, sidecars too."""
+    return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+
+
+def servers(manifests: list[Manifest]) -> list[tuple[Manifest, Manifest]]:
+    """(pod template, container) of what runs `sparseserve serve`."""
+    return [(pod, one) for pod in pods(manifests) for one in containers(pod) if one["name"] == "server"]
+
+
+def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:
+    """The manifests of one kind."""
+    return [manifest for manifest in manifests if manifest["kind"] == kind]
+
+
+def matching(manifests: list[Manifest], selector: Manifest) -> list[Manifest]:
+    """The pod templates that labels select."""
+    return [pod for pod in pods(manifests) if selector.items() <= pod["metadata"]["labels"].items()]
+
+
+def drains(manifests: list[Manifest]) -> Iterator[str]:
+    """The kubelet waits longer than a pod needs: strictly, for else it kills what was about to end."""
+    for pod in pods(manifests):
+        grace = pod["spec"]["terminationGracePeriodSeconds"]
+        for one in pod["spec"]["containers"]:
+            flags = [arg for arg in one.get("args", []) if arg.startswith("--shutdown-timeout=")]
+            if (one["name"] == "server") != (len(flags) == 1):
+                yield f"{one['name']} has {len(flags)} --shutdown-timeout"
+            needed = one["lifecycle"]["preStop"]["sleep"]["seconds"] + sum(
+                int(flag.partition("=")[2]) for flag in flags
+            )
+            if grace <= needed:
+                yield f"{one['name']} needs {needed} s, of {grace} s"
+
+
+def selects(manifests: list[Manifest]) -> Iterator[str]:
+    """Every selector finds pods; what makes pods finds its own, and a Service those of one model."""
+    for manifest in manifests:
+        spec = manifest.get("spec", {})
+        selector = spec.get("podSelector") or spec.get("selector") or {}
+        labels = selector.get("matchLabels", selector)
+        found = matching(manifests, labels)
+        if manifest["kind"] == "Deployment" and found != [spec["template"]]:
+            yield f"the Deployment {manifest['metadata']['name']} selects {len(found)} templates"
+        if manifest["kind"] == "Service" and len(found) != 1:
+            yield f"the Service {manifest['metadata']['name']} selects {len(found)} templates"
+        if labels and not found:
+            yield f"{manifest['kind']} {manifest['metadata']['name']} selects nothing"
+
+
+def refers(manifests: list[Manifest], external: set[str]) -> Iterator[str]:
+    """What pods mount or read is among the manifests, or declared to exist."""
+    here = {f"{manifest['kind']} {manifest['metadata']['name']}" for manifest in manifests}
+    for pod in pods(manifests):
+        wanted = {f"ServiceAccount {pod['spec']['serviceAccountName']}"}
+        for volume in pod["spec"]["volumes"]:
+            if "configMap" in volume:
+                wanted.add(f"ConfigMap {volume['configMap']['name']}")
+            if "persistentVolumeClaim" in volume:
+                wanted.add(f"PersistentVolumeClaim {volume['persistentVolumeClaim']['claimName']}")
+        for variable in (variable for one in containers(pod) for variable in one.get("env", [])):
+            if secret := variable.get("valueFrom", {}).get("secretKeyRef"):
+                wanted.add(f"Secret {secret['name']}")
+        yield from wanted - here - external
+        volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
+        mounted = {mount["name"] for one in containers(pod) for mount in one["volumeMounts"]}
+        yield from (f"volume {name}" for name in volumes ^ mounted)
+
+
+def connects(manifests: list[Manifest]) -> Iterator[str]:
+    """Ports are open where Services, monitors, probes and network policies expect them."""
+    for service in of_kind(manifests, "Service"):
+        for pod in matching(manifests, service["spec"]["selector"]):
+            yield from (
+                f"{port['targetPort']} of a Service" for port in _missing(pod, service["spec"]["ports"], "targetPort")
+            )
+    for monitor in of_kind(manifests, "PodMonitor"):
+        for pod in matching(manifests, monitor["spec"]["selector"]["matchLabels"]):
+            yield from (
+                f"{end['port']} of a monitor" for end in _missing(pod, monitor["spec"]["podMetricsEndpoints"], "port")
+            )
+    for pod, server in servers(manifests):
+        probes = [server[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")]
+        yield from (f"{probe['port']} of a probe" for probe in _missing(pod, probes, "port"))
+        admitted = [
+            port
+            for policy in of_kind(manifests, "NetworkPolicy")
+            for rule in policy["spec"].get("ingress", [])
+            for port in rule.get("ports", [])
+        ]
+        yield from (f"{port['port']} of a network policy" for port in _missing(pod, admitted, "port"))
+
+
+def _missing(pod: Manifest, wanted: list[Manifest], key: str) -> list[Manifest]:
+    ports = [port for one in containers(pod) for port in one.get("ports", [])]
+    known = {port["containerPort"] for port in ports} | {port["name"] for port in ports}
+    return [one for one in wanted if one[key] not in known]
+
+
+def locks(manifests: list[Manifest]) -> Iterator[str]:
+    """Pods hold no rights, and can write where the server must."""
+    for pod in pods(manifests):
+        context = pod["spec"]["securityContext"]
+        if not context["runAsNonRoot"] or context["seccompProfile"] != {"type": "RuntimeDefault"}:
+            yield f"the pod runs as {context}"
+        if pod["spec"]["automountServiceAccountToken"]:
+            yield "the pod has a token for the API of Kubernetes"
+        for one in containers(pod):
+            held = one["securityContext"]
+            if (
+                held["allowPrivilegeEscalation"]
+                or not held["readOnlyRootFilesystem"]
+                or held["capabilities"] != {"drop": ["ALL"]}
+            ):
+                yield f"{one['name']} holds {held}"
+            writable = {mount["mountPath"] for mount in one["volumeMounts"] if not mount.get("readOnly")}
+            if one["name"] != "proxy" and not writable >= WRITABLE:
+                yield f"{one['name']} cannot write in {WRITABLE - writable}"
+
+
+def hides(manifests: list[Manifest]) -> Iterator[str]:
+    """Keys and tokens come from Secrets."""
+    for one in (one for pod in pods(manifests) for one in containers(pod)):
+        for variable in one.get("env", []):
+            if "value" in variable and any(word in variable["name"] for word in ("KEY", "TOKEN", "SECRET", "PASSWORD")):
+                yield f"{variable['name']} in {one['name']}"
+        yield from (arg for arg in one.get("args", []) if "key" in arg.partition("=")[0] or "token=" in arg)

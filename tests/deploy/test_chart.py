@@ -1,0 +1,187 @@
+"""The Helm chart: good values give manifests that keep the laws, bad ones are refused with the key that is wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from chart_values import BAD, DEMO, GOOD, QUEST
+from manifests import (
+    CHECKS,
+    Manifest,
+    as_pods,
+    ask,
+    connects,
+    containers,
+    drains,
+    hides,
+    locks,
+    of_kind,
+    pods,
+    refers,
+    selects,
+    servers,
+)
+from observability import DASHBOARDS, DEPLOY, FOLDER
+
+from sparseserve.cli import app
+from sparseserve.config import PolicySource, read_policy_file
+from sparseserve.server.launch import parse
+
+pytestmark = pytest.mark.skipif(not CHECKS.exists(), reason="no .venv-checks: make .venv-checks/.installed")
+
+HELM = DEPLOY / "helm"
+EXTERNAL = {"PersistentVolumeClaim weights", "Secret sparseserve-api-key"}
+EACH = pytest.mark.parametrize("case", GOOD)
+
+
+@pytest.fixture(scope="module")
+def rendered() -> dict[str, dict[str, Any]]:
+    return dict(zip(GOOD, ask("render", list(GOOD.values())), strict=True))
+
+
+@pytest.fixture
+def manifests(case: str, rendered: dict[str, dict[str, Any]]) -> list[Manifest]:
+    assert not rendered[case]["error"]
+    return parsed(rendered[case])
+
+
+def parsed(answer: dict[str, Any]) -> list[Manifest]:
+    files = [text for name, text in answer["files"].items() if name != "NOTES.txt"]
+    return [manifest for text in files for manifest in yaml.safe_load_all(text) if manifest]
+
+
+@EACH
+def test_helm_has_nothing_to_say(case: str, rendered: dict[str, dict[str, Any]]) -> None:
+    assert rendered[case]["lint"] == []
+
+
+@EACH
+def test_the_laws_hold(case: str, manifests: list[Manifest]) -> None:
+    for law in (drains, selects, connects, locks, hides):
+        assert list(law(manifests)) == [], law.__doc__
+    assert list(refers(manifests, EXTERNAL)) == []
+
+
+def test_kubernetes_accepts_every_manifest(rendered: dict[str, dict[str, Any]]) -> None:
+    manifests = [manifest for answer in rendered.values() for manifest in parsed(answer)]
+    different = {json.dumps(manifest, sort_keys=True): manifest for manifest in manifests + as_pods(manifests)}
+    for manifest, problems in zip(different.values(), ask("validate", list(different.values())), strict=True):
+        assert not problems, manifest["metadata"]["name"]
+
+
+@pytest.fixture(scope="module")
+def refused() -> dict[str, str]:
+    answers = ask("render", [values for values, _ in BAD.values()])
+    return {case: answer["error"] for case, answer in zip(BAD, answers, strict=True)}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_values_are_refused(case: str, refused: dict[str, str]) -> None:
+    assert BAD[case][1] in refused[case]
+
+
+def test_the_schema_has_the_published_policies() -> None:
+    module = load(HELM / "schema.py")
+    assert module.TARGET.read_text() == module.rendered(), "run python deploy/helm/schema.py"
+
+
+@EACH
+@pytest.mark.vllm
+def test_the_server_understands_its_options(case: str, manifests: list[Manifest]) -> None:
+    values = {model["name"]: model for model in GOOD[case]["models"]}
+    for pod, server in servers(manifests):
+        command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+        context = command.make_context("serve", list(server["args"]))
+        model = values[pod["metadata"]["labels"]["model"]]
+        understood = parse(context.args)
+        assert understood.model == model["model"]
+        assert understood.shutdown_timeout == 30
+        assert understood.served_model_name == [model.get("servedName", model["name"])]
+        assert context.params["policy"] == "/etc/sparseserve/policies.yaml"
+        for key, value in model.get("args", {}).items():
+            assert getattr(understood, key.replace("-", "_"), context.params.get(key)) == value
+
+
+@EACH
+def test_the_server_accepts_its_policy(case: str, manifests: list[Manifest], tmp_path: Path) -> None:
+    files = {one["metadata"]["name"]: one["data"] for one in of_kind(manifests, "ConfigMap")}
+    for model in GOOD[case]["models"]:
+        path = tmp_path / "policies.yaml"
+        path.write_text(files[f"try-sparseserve-{model['name']}"]["policies.yaml"])
+        policy = PolicySource(read_policy_file(str(path))).policy(model["model"])
+        assert policy == PolicySource({"*": model["policy"]}).policy(model["model"])
+
+
+def test_a_changed_policy_rolls_its_pods_alone() -> None:
+    other, changed = DEMO | {"name": "other"}, DEMO | {"policy": QUEST | {"budget_tokens": 1024}}
+    before, after = (
+        pods(parsed(answer)) for answer in ask("render", [{"models": [DEMO, other]}, {"models": [changed, other]}])
+    )
+    assert before[0] != after[0] and before[1] == after[1]
+
+
+@pytest.mark.parametrize("case", ["gpu"])
+def test_monitoring_is_what_the_project_publishes(manifests: list[Manifest]) -> None:
+    (rules,) = of_kind(manifests, "PrometheusRule")
+    assert rules["spec"] == yaml.safe_load((FOLDER / "rules.yml").read_text())
+    shown = next(
+        one["data"] for one in of_kind(manifests, "ConfigMap") if one["metadata"]["name"].endswith("dashboards")
+    )
+    assert {Path(name).stem: json.loads(text) for name, text in shown.items()} == DASHBOARDS
+    (monitor,) = of_kind(manifests, "PodMonitor")
+    (target,) = yaml.safe_load((FOLDER / "prometheus.yml").read_text())["scrape_configs"][0]["static_configs"]
+    labels = {
+        one["targetLabel"]: one["replacement"] for one in monitor["spec"]["podMetricsEndpoints"][0]["relabelings"]
+    }
+    assert target["labels"].items() <= labels.items()
+
+
+@pytest.mark.parametrize("case", ["replicas"])
+def test_the_proxy_is_the_published_one_with_the_chosen_limit(manifests: list[Manifest]) -> None:
+    (config,) = (one["data"]["nginx.conf"] for one in of_kind(manifests, "ConfigMap") if "nginx.conf" in one["data"])
+    published = (DEPLOY / "nginx.conf").read_text().replace("rate=50r/s", "rate=1000r/s")
+    assert config.rstrip() == published.replace("worker_processes auto", "worker_processes 2").rstrip()
+    assert "rate=1000r/s" in config and "worker_processes 2;" in config
+
+
+@pytest.mark.parametrize(("case", "open_to_all"), [("gpu", False), ("no proxy", True)])
+def test_only_the_proxy_reaches_the_server(case: str, open_to_all: bool, manifests: list[Manifest]) -> None:
+    for pod, server in servers(manifests):
+        assert ("--host=0.0.0.0" in server["args"]) == open_to_all
+        assert ("proxy" in [one["name"] for one in containers(pod)]) != open_to_all
+
+
+@pytest.mark.parametrize("case", ["nobody admitted"])
+def test_without_peers_nobody_is_admitted(manifests: list[Manifest]) -> None:
+    (policy,) = of_kind(manifests, "NetworkPolicy")
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert "ingress" not in policy["spec"]
+
+
+@pytest.mark.parametrize(("case", "gpus"), [("gpu", [1]), ("cpu", [None]), ("multi-node", [8, 8])])
+def test_pods_ask_for_the_gpus_of_their_share(case: str, gpus: list[int | None], manifests: list[Manifest]) -> None:
+    found = [pod["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu") for pod in pods(manifests)]
+    assert found == gpus
+
+
+@pytest.mark.parametrize("case", ["multi-node"])
+def test_workers_outlast_the_leader_and_are_not_scraped(manifests: list[Manifest]) -> None:
+    leader, worker = (
+        pod["spec"]["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"] for pod in pods(manifests)
+    )
+    assert worker >= leader + 30
+    assert {pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in pods(manifests)} == {"server", "worker"}
+
+
+def load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
