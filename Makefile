@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CHECKS := .venv-checks
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.txt')
 
-.PHONY: demo test tune-demo lint bench sanitize wheel gpu-build gpu-test gpu-bench gpu-bench-vllm clean
+.PHONY: demo test tune-demo loadtest-demo lint bench sanitize wheel gpu-build gpu-test gpu-bench gpu-bench-vllm clean
 
 demo: $(VENV)/.built
 	$(BIN)/sparseserve demo
@@ -33,6 +33,20 @@ tune-demo: $(VENV)/.built
 	    tidal.yaml | tr -d ' ' | tr : =),retrieval:artifact=heads.safetensors,moa:artifact=plan.safetensors,$(\
 	    )seer:artifact=gates.safetensors" --budgets 1024 --lengths 4096 --tasks needle --samples 2 \
 	    --max-model-len 8192 --max-num-seqs 4 --enforce-eager
+
+# Policies under load on the built demo model, under 15 minutes: the control twice, two policies that must answer right,
+# and a window that cannot hold the answers, which must be the only one flagged.
+LOADTEST := build/loadtest
+TOO_SHORT := streaming:recent_tokens=252
+loadtest-demo: $(VENV)/.built
+	rm -rf $(LOADTEST) && mkdir -p $(LOADTEST)
+	$(BIN)/python -c "from pathlib import Path; from sparseserve.demo.build import build; \
+	    from sparseserve.demo.circuits import retrieval_heads; from sparseserve.testing.plans import write_head_map; \
+	    folder = Path('$(LOADTEST)'); build(folder / 'demo'); write_head_map(folder / 'heads.json', retrieval_heads())"
+	VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/python -m loadtest run demo --model $(LOADTEST)/demo --out $(LOADTEST) \
+	    --policies tidal:reselect_layer=4:recall_sample=0.1,retrieval:artifact=$(LOADTEST)/heads.json,$(TOO_SHORT) \
+	    --max-model-len 5120 --max-num-seqs 4 --enforce-eager --disable-uvicorn-access-log; test $$? -eq 1
+	$(BIN)/python -c "import json; assert json.load(open('$(LOADTEST)/results.json'))['flagged'] == ['$(TOO_SHORT)']"
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -59,8 +59,9 @@ def run(
     (out / "results.json").write_text(results.model_dump_json(indent=1) + "\n")
     (out / "report.html").write_text(render(results, out))
     typer.echo(f"{out / 'report.html'}\n{out / 'results.json'}")
-    for one in results.flagged:
-        typer.echo(f"flagged: {one.name}: {'; '.join(one.problems)}", err=True)
+    for one in results.settings:
+        for problem in one.problems:
+            typer.echo(f"flagged: {one.name}: {problem}", err=True)
     raise typer.Exit(FLAGGED if results.flagged else 0)
 
 

@@ -54,6 +54,7 @@ def read_eval(path: Path) -> Evaluated:
 def judge(request: Request, plan: Sequence[Served], evaluated: Evaluated | None) -> Results:
     """The results of all runs."""
     served = by_role(plan, request.policies)
+    settings = [_setting(request, one, served[0], served[1], evaluated) for one in served]
     return Results(
         scenario=request.scenario,
         model=request.model,
@@ -62,7 +63,8 @@ def judge(request: Request, plan: Sequence[Served], evaluated: Evaluated | None)
         versions=versions(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f} over the last 5 minutes",
         order=[one.name for one in plan],
-        settings=[_setting(request, one, served[0], served[1], evaluated) for one in served],
+        settings=settings,
+        flagged=[one.name for one in settings if one.problems],
     )
 
 

@@ -60,8 +60,4 @@ class Results(_Record):
     machine: str
     order: list[str]  # in which the settings ran
     settings: list[SettingResult]  # control, control again, then as asked for
-
-    @property
-    def flagged(self) -> list[SettingResult]:
-        """The settings that something is wrong with."""
-        return [one for one in self.settings if one.problems]
+    flagged: list[str]  # names of those that something is wrong with

@@ -109,8 +109,9 @@ def _growth(of: str, rounds: Sequence[Round], value: Callable[[Round], float], s
     late = rounds[round(WARM_UP * len(rounds)) :]
     values = [value(one) for one in late]
     line = stats.linregress([one.seconds for one in late], values)
+    error = 0.0 if len(set(values)) == 1 else line.stderr  # scipy has NaN for a constant
     span = late[-1].seconds - late[0].seconds
-    least = (line.slope - stats.t.ppf(0.95, len(late) - 2) * line.stderr) * span
+    least = (line.slope - stats.t.ppf(0.95, len(late) - 2) * error) * span
     band = FD_BAND if share is None else share * sum(values) / len(values)
     found = f"{line.slope * span:+.1f} in {span:.0f} s, at least {least:+.1f}; {values[0]:.0f} to {values[-1]:.0f}"
     return Check(of, f"growth below {band:.1f}", found, bool(least <= band))

@@ -1,0 +1,183 @@
+"""A whole load test without vLLM: the order, the files, the exit code, the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loadtest_fakes import BrokenBench, FakeBench, FakeServer, scenario
+from typer.testing import CliRunner
+
+import loadtest.run
+from loadtest.__main__ import app
+from loadtest.prompts import Tokens
+from loadtest.run import Request, order
+from loadtest.scenario import LoadTestError, Scenario
+from loadtest.server import Server, command
+from loadtest.setting import Setting, setting, settings
+from loadtest.traffic import complete
+
+Load = Callable[..., Any]
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with FakeServer().listening() as url:
+        yield Server(url, "fake", "")
+
+
+@pytest.fixture
+def load(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
+    """Runs a scenario against the fake server; its answer is what the command line gives."""
+
+    def run(bench: FakeBench, *flags: str, asked: Scenario | None = None) -> Any:
+        monkeypatch.setattr(loadtest.run, "bench_client", bench.client)
+        (tmp_path / "s.yaml").write_text((asked or scenario()).model_dump_json())
+        words = ["run", str(tmp_path / "s.yaml"), "--model", "some/<model>", "--url", server.url, *flags]
+        return CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+
+    return run
+
+
+def test_the_control_runs_twice_first_and_the_others_in_a_drawn_order(tmp_path: Path) -> None:
+    asked = settings("a,b,c,d,e,f")
+
+    def names(seed: int) -> list[str]:
+        wanted = scenario(seed=seed)
+        return [one.name for one in order(Request(wanted, "m", Setting("dense"), asked, None, (), tmp_path, ""))]
+
+    assert names(0)[:2] == ["dense", "dense, again"]
+    assert sorted(names(0)[2:]) == list("abcdef") and names(0) == names(0)
+    assert len({tuple(names(seed)) for seed in range(5)}) > 1
+
+
+def test_settings_and_their_servers() -> None:
+    found = settings("tidal:reselect_layer=4:unit_tokens=32,dense")
+    assert str(found[0]) == "tidal:reselect_layer=4:unit_tokens=32"
+    words = command(found[0], "M", ["--max-model-len", "9"])
+    expected = ["-m", "sparseserve", "serve", "M", "--policy", "tidal", "--set", "reselect_layer=4"]
+    assert words[1:] == [*expected, "--set", "unit_tokens=32", "--max-model-len", "9"]
+    assert command(setting("vllm"), "M", [])[1:] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "M"]
+    for bad in ("quest,quest", "quest:budget", ""):
+        with pytest.raises(LoadTestError, match="Expected"):
+            settings(bad)
+
+
+def test_a_good_policy_passes(load: Load, tmp_path: Path) -> None:
+    bench = FakeBench({}, {"fake@quick": 0.5})
+    result = load(bench, "--policies", "quick")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [one["role"] for one in found["settings"]] == ["control", "again", "policy"]
+    quick = found["settings"][2]
+    assert [(cell["load"], cell["sent"], cell["right"]) for cell in quick["cells"]] == [("c1", 12, 12), ("c2", 12, 12)]
+    assert {one["outcome"] for one in quick["comparisons"] if one["metric"] == "tpot_p50"} == {"faster"}
+    again = found["settings"][1]
+    assert {one["outcome"] for one in again["comparisons"]} == {"no difference"}
+    assert quick["cells"][0]["observed"]["density"] == 0.25
+    assert quick["cells"][0]["observed"]["peak_kv_bytes"] == 3 * 2**20
+
+
+def test_every_setting_is_sent_the_same_and_no_run_what_another_was(load: Load, tmp_path: Path) -> None:
+    bench = FakeBench({}, {})
+    load(bench, "--policies", "quick")
+    flags = [dict(zip(words, words[1:], strict=False)) for words in bench.asked]
+    assert [one["--served-model-name"] for one in flags] == 7 * ["fake@dense"] + 7 * ["fake@dense"] + 7 * ["fake@quick"]
+    runs = [Path(one["--dataset-path"]).read_text() for one in flags]
+    assert len(set(runs)) == len(runs)  # one server has one prefix cache
+    names = [Path(one["--dataset-path"]).stem for one in flags]
+    assert names[:7] == names[7:14] == ["warm-up", "c1-0", "c2-0", "c1-1", "c2-1", "c1-2", "c2-2"]
+
+
+def test_servers_of_their_own_are_sent_the_same(tmp_path: Path, server: Server) -> None:
+    asked = Request(scenario(), "m", Setting("dense"), settings("quest"), None, (), tmp_path, "")
+    bench: Any = FakeBench({}, {})
+    for name in ("0-dense", "1-quest"):
+        (tmp_path / name).mkdir()
+        runner = loadtest.run._Runner(asked, server, bench, Tokens(1.0, True), tmp_path / name)
+        runner.run(asked.scenario.loads[0], "c1-0", 4)
+    first, second = ((tmp_path / name / "c1-0.jsonl").read_text() for name in ("0-dense", "1-quest"))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    "answer, told",
+    [
+        (lambda _: "NOTHING.", "answered 0 of 24 right"),
+        (lambda _: None, "24 of 24 requests failed"),
+        (lambda _: "", "24"),
+    ],
+    ids=["wrong", "error", "empty"],
+)
+def test_a_broken_policy_is_flagged_by_name(answer: Any, told: str, load: Load, tmp_path: Path) -> None:
+    result = load(FakeBench({"fake@broken": answer}, {}), "--policies", "quick,broken")
+    assert result.exit_code == 1
+    assert "flagged: broken" in result.output and told in result.output and "flagged: quick" not in result.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>broken</b>: flagged" in page and "<b>quick</b>: flagged" not in page and told in page
+
+
+def test_a_control_that_knows_nothing_is_flagged(load: Load) -> None:
+    result = load(FakeBench({"fake@dense": lambda _: "?"}, {}), "--policies", "quick")
+    assert result.exit_code == 1 and "with this model answers tell nothing" in result.output
+
+
+def test_a_client_that_cannot_run_is_an_error(load: Load) -> None:
+    result = load(BrokenBench({}, {}), "--policies", "quick")
+    assert isinstance(result.exception, LoadTestError)
+
+
+class _Page(HTMLParser):
+    """What a page loads and says."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.pictures = 0
+        self.said = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.loaded += [str(value) for name, value in attributes if name in ("src", "href") and value]
+        self.pictures += tag == "svg"
+
+    def handle_data(self, data: str) -> None:
+        self.said += data
+
+
+def test_the_report_is_one_file_with_a_command_for_every_number(load: Load, tmp_path: Path) -> None:
+    assert load(FakeBench({}, {"fake@quick": 0.5}), "--policies", "quick").exit_code == 0
+    page = _Page((tmp_path / "out" / "report.html").read_text())
+    assert all(link.startswith("#") for link in page.loaded)
+    assert page.pictures == 4  # throughput against latency, goodput, Pareto, memory
+    assert "some/<model>" in page.said and "time per token: faster" in page.said
+    assert page.said.count("python -m loadtest.vllm_bench") == 3 * 2 * 3  # settings, loads, repeats
+    for word in ("TTFT p50", "within SLO/s", "KV read", "25.0 %", "capacity gain", "preemptions"):
+        assert word in page.said
+
+
+def test_accuracy_of_an_evaluation_is_joined(load: Load, tmp_path: Path) -> None:
+    cells = [{"score": 0.5}, {"score": 1.0}]
+    evaluated = {"settings": [{"policy": "quick", "values": {"unit_tokens": 32}, "cells": cells}]}
+    (tmp_path / "eval.json").write_text(json.dumps(evaluated))
+    load(FakeBench({}, {}), "--policies", "quick:unit_tokens=32", "--eval", str(tmp_path / "eval.json"))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
+    assert [one["accuracy"] for one in found] == [1.0, 1.0, 0.75]
+    (tmp_path / "eval.json").write_text("[]")
+    result = load(FakeBench({}, {}), "--policies", "quick", "--eval", str(tmp_path / "eval.json"))
+    assert isinstance(result.exception, LoadTestError)
+
+
+def test_a_stream_tells_its_end() -> None:
+    fake = FakeServer()
+    with fake.listening() as url:
+        asked = "The pass key of Bo is ABCDEFGH. The pass key of Bo is "
+        whole = complete(Server(url, "fake", ""), asked, 16)
+        assert (whole.text, whole.finish, whole.error, whole.tokens) == ("ABCDEFGH.", "stop", "", 9)
+        fake.dies = True
+        broken = complete(Server(url, "fake", ""), asked, 16)
+        assert (broken.text, broken.finish) == ("ABC", "") and "EngineCore" in broken.error
