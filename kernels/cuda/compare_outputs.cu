@@ -8,7 +8,7 @@ namespace sparseserve::cuda {
 
 namespace {
 
-constexpr int kMostWarps = 32;
+constexpr int kMostWarps = 16;
 
 // The same in every lane.
 __device__ __forceinline__ float sum_of_lanes(float x) {
