@@ -34,7 +34,7 @@ __device__ __forceinline__ float relative_error(const CompareParams& p, int64_t 
 }
 
 template <class T>
-__global__ void __launch_bounds__(32 * kMostWarps) compare_kernel(const __grid_constant__ CompareParams p) {
+__global__ void __launch_bounds__(32 * kMostWarps, 2) compare_kernel(const __grid_constant__ CompareParams p) {
   SPARSESERVE_DYNAMIC_SHARED(shared);
   float* sums = reinterpret_cast<float*>(shared);  // recall and error of every warp
   const int64_t row = blockIdx.x;
