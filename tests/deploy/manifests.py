@@ -10,6 +10,7 @@ from typing import Any
 
 Manifest = dict[str, Any]
 CHECKS = Path(__file__).parents[2] / ".venv-checks" / "bin"
+SELECTING = {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy", "PodMonitor"}
 WRITABLE = {"/tmp", "/dev/shm", "/home/sparseserve"}
 
 
@@ -39,15 +40,10 @@ def owned(manifests: list[Manifest]) -> Iterator[tuple[Manifest, Manifest]]:
 
 def as_pods(manifests: list[Manifest]) -> list[Manifest]:
     """The pods of groups as manifests of their own, for what does not know LeaderWorkerSets."""
-    templates = pods(of_kind(manifests, "LeaderWorkerSet"))
     return [
-        {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            **pod,
-            "metadata": pod["metadata"] | {"name": f"pod-{i}", "namespace": "apart"},
-        }
-        for i, pod in enumerate(templates)
+        {"apiVersion": "v1", "kind": "Pod", **pod, "metadata": pod["metadata"] | {"name": name, "namespace": "apart"}}
+        for pod in pods(of_kind(manifests, "LeaderWorkerSet"))
+        for name in [pod["metadata"]["labels"]["app.kubernetes.io/component"]]
     ]
 
 
@@ -93,6 +89,8 @@ def selects(manifests: list[Manifest]) -> Iterator[str]:
         selector = spec.get("podSelector") or spec.get("selector") or {}
         labels = selector.get("matchLabels", selector)
         found = matching(manifests, labels)
+        if manifest["kind"] in SELECTING and not labels:
+            yield f"the {manifest['kind']} {manifest['metadata']['name']} says no labels"
         if manifest["kind"] == "Deployment" and found != [spec["template"]]:
             yield f"the Deployment {manifest['metadata']['name']} selects {len(found)} templates"
         if manifest["kind"] == "Service" and len(found) != 1:
