@@ -70,5 +70,6 @@ BAD: dict[str, tuple[Values, str]] = {
     "option with an underscore": (option("api_key", "sk"), "api_key"),
     "keda that knows no Prometheus": (one(autoscaling=SCALED | {"kind": "keda"}), "missing property 'prometheus'"),
     "two keys": (one() | {"apiKey": {"existingSecret": "a", "value": "b"}}, "'/apiKey'"),
+    "two of a name": ({"models": [DEMO, DEMO]}, "two are called demo"),
     "GPUs that pods cannot share": (one(parallel={"tensor": 3}, multiNode={"size": 2}), "cannot be shared evenly"),
 }

@@ -13,6 +13,7 @@ from typing import Any
 
 import helm_python as helm
 import kubernetes_validate
+import yaml
 from jsonschema import Draft202012Validator
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -35,9 +36,9 @@ def render(values: dict[str, Any]) -> dict[str, Any]:
 
 def validate(manifest: dict[str, Any]) -> list[str]:
     """What is wrong with a manifest: Kubernetes' own schema, or ours of a custom resource."""
-    schema = DEPLOY / "schemas" / f"{manifest['kind'].lower()}.json"
+    schema = DEPLOY / "schemas" / f"{manifest['kind'].lower()}.yaml"
     if schema.exists():
-        errors = Draft202012Validator(json.loads(schema.read_text())).iter_errors(manifest)
+        errors = Draft202012Validator(yaml.safe_load(schema.read_text())).iter_errors(manifest)
         return [f"{error.json_path}: {error.message}" for error in errors]
     try:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)

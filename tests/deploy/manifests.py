@@ -102,6 +102,9 @@ def selects(manifests: list[Manifest]) -> Iterator[str]:
 def refers(manifests: list[Manifest], external: set[str]) -> Iterator[str]:
     """What pods mount or read is among the manifests, or declared to exist."""
     here = {f"{manifest['kind']} {manifest['metadata']['name']}" for manifest in manifests}
+    for scaler in of_kind(manifests, "HorizontalPodAutoscaler") + of_kind(manifests, "ScaledObject"):
+        target = scaler["spec"]["scaleTargetRef"]
+        yield from {f"{target['kind']} {target['name']}"} - here
     for pod in pods(manifests):
         wanted = {f"ServiceAccount {pod['spec']['serviceAccountName']}"}
         for volume in pod["spec"]["volumes"]:

@@ -30,7 +30,7 @@ from manifests import (
 from observability import DASHBOARDS, DEPLOY, FOLDER
 
 from sparseserve.cli import app
-from sparseserve.config import PolicySource, read_policy_file
+from sparseserve.config import PolicySource, _Loader, read_policy_file
 from sparseserve.server.launch import parse
 
 pytestmark = pytest.mark.skipif(not CHECKS.exists(), reason="no .venv-checks: make .venv-checks/.installed")
@@ -52,8 +52,9 @@ def manifests(case: str, rendered: dict[str, dict[str, Any]]) -> list[Manifest]:
 
 
 def parsed(answer: dict[str, Any]) -> list[Manifest]:
+    """The manifests; a key that is written twice, which Helm lets pass, is an error."""
     files = [text for name, text in answer["files"].items() if name != "NOTES.txt"]
-    return [manifest for text in files for manifest in yaml.safe_load_all(text) if manifest]
+    return [manifest for text in files for manifest in yaml.load_all(text, _Loader) if manifest]
 
 
 @EACH
