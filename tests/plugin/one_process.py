@@ -30,10 +30,11 @@ def answer(main: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def start(asked: dict[str, Any]) -> Any:
-    """vLLM's LLM, whose scheduler and worker share this process."""
+    """vLLM's LLM, whose scheduler and worker share this process; ranks are processes with cores of their own."""
+    cores, ranks = [*map(str, sorted(os.sched_getaffinity(0)))], asked["engine"].get("tensor_parallel_size", 1)
     os.environ |= {
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(",".join(cores[rank::ranks]) for rank in range(ranks)),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     from vllm import LLM

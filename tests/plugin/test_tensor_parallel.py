@@ -1,0 +1,62 @@
+"""Two tensor-parallel ranks on the CPU give the tokens of one, and each measures its own heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import one_process
+import pytest
+
+from sparseserve.config import to_dict
+from sparseserve.demo import circuits
+from sparseserve.demo.questions import ask
+from sparseserve.policies import Policy, Quest, Retrieval
+from sparseserve.testing.plans import write_head_map
+
+pytestmark = pytest.mark.vllm
+SCRIPT = Path(__file__).parent / "ranks.py"
+QUESTIONS = [ask(2048, depth, seed) for depth, seed in ((0.1, 1), (0.5, 2), (0.8, 3))]
+Answers = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
+    heads = write_head_map(tmp_path_factory.mktemp("heads") / "heads.json", set(circuits.retrieval_heads()))
+    window: dict[str, Any] = {"artifact": heads, "sink_tokens": 64, "recent_tokens": 192, "min_tokens": 256}
+    return {
+        "quest": Quest(budget_tokens=512, min_tokens=256, recall_sample=1),
+        "retrieval": Retrieval(**window, kv_memory="shared", recall_sample=1),
+        "retrieval-per_head": Retrieval(**window),
+    }
+
+
+@pytest.fixture(scope="module")
+def answer(model: Path, policies: dict[str, Policy]) -> Callable[..., Answers]:
+    def answer(ranks: int, *names: str) -> Answers:
+        engine = {"max_model_len": 4096, "max_num_seqs": 4, "tensor_parallel_size": ranks}
+        asked = {"prompts": [question.prompt for question in QUESTIONS]}
+        asked["policies"] = {name: to_dict(policies[name]) for name in names}
+        found, _ = one_process.ask(SCRIPT, model, policies[names[0]], engine, **asked)
+        assert isinstance(found, dict)
+        return found
+
+    return answer
+
+
+def test_two_ranks_answer_as_one_and_measure_their_heads(answer: Callable[..., Answers]) -> None:
+    one, two = (answer(ranks, "quest", "retrieval") for ranks in (1, 2))
+    for name, alone in one.items():
+        assert two[name]["tokens"] == alone["tokens"]
+        assert alone["texts"] == [question.answer for question in QUESTIONS]
+        for (whole,), parts in zip(alone["outcomes"], two[name]["outcomes"], strict=True):
+            assert [part["policy"] for part in parts] == [name, name]
+            # The worst layer of both halves together is no worse than what each lost in its own worst one.
+            assert mean(part["recall"] for part in parts) < whole["recall"] + 0.02 < 1
+
+
+def test_ranks_store_their_heads_by_themselves(answer: Callable[..., Answers]) -> None:
+    """Each rank sorts its own heads into groups; pages are as large on all."""
+    assert answer(2, "retrieval-per_head")["retrieval-per_head"]["texts"] == [question.answer for question in QUESTIONS]
