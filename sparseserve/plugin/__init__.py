@@ -1,5 +1,8 @@
 """The vLLM plugin: the only folder, beside server/, that imports vllm."""
 
+import atexit
+import gc
+
 
 def register() -> None:
     """Put our attention backends into vLLM's table; called by vLLM in every process (`vllm.general_plugins`).
@@ -15,3 +18,5 @@ def register() -> None:
     register_backend(AttentionBackendEnum.CPU_ATTN, "sparseserve.plugin.backend_cpu.SparseCPUBackend")
     register_backend(AttentionBackendEnum.CUSTOM, "sparseserve.plugin.backend_cuda.SparseCUDABackend")
     window_cache.register()
+    # Python's last collection takes 2 s in each of a server's processes, which end one after the other.
+    atexit.register(gc.freeze)
