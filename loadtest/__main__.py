@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -103,6 +104,7 @@ def chaos(
 
 def main() -> int:
     """Run the command; a mistake of the user's is a message."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # our servers end with us
     try:
         app()
     except LoadTestError as error:

@@ -36,7 +36,7 @@ class Evaluated:
     def score(self, setting: Setting) -> float | None:
         """The mean score of a setting, 0 to 1; None where it was not evaluated."""
         for one in self.settings:
-            if one["policy"] == setting.policy and {k: str(v) for k, v in one["values"].items()} == setting.values:
+            if (one["policy"], one["values"]) == (setting.policy, setting.values):
                 return float(mean(cell["score"] for cell in one["cells"]))
         return None
 

@@ -64,23 +64,24 @@ def scrape(server: Server) -> Sample:
 def sampled(server: Server, path: Path) -> Iterator[None]:
     """Sample every second while the block runs, at its start and at its end, into JSON lines."""
     ended = threading.Event()
+    with path.open("w") as file:
 
-    def work() -> None:
-        with path.open("w") as file:
-            while True:
-                last = ended.is_set()
-                file.write(json.dumps(scrape(server)) + "\n")
-                if last:
-                    return
-                ended.wait(EVERY)
+        def take() -> None:
+            file.write(json.dumps(scrape(server)) + "\n")
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+        def work() -> None:
+            while not ended.wait(EVERY):
+                take()
+
+        take()
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            take()
 
 
 def read_samples(path: Path) -> list[Sample]:

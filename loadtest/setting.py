@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
+
+import yaml
 
 from loadtest.scenario import LoadTestError
 
@@ -20,14 +24,15 @@ class Setting:
         return ":".join([self.policy, *self.pairs])
 
     @property
-    def values(self) -> dict[str, str]:
-        """The pairs as given."""
-        return dict(pair.split("=", 1) for pair in self.pairs)
+    def values(self) -> dict[str, Any]:
+        """The pairs, numbers and lists as such."""
+        return {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in self.pairs)}
 
 
 def settings(text: str) -> list[Setting]:
-    """`tidal:reselect_layer=4,streaming`; LoadTestError for what is no list of policies, or names one twice."""
-    found = [setting(part) for part in text.split(",")]
+    """`tidal:reselect_layer=4,streaming`; a comma within brackets belongs to a value. LoadTestError for what is no list
+    of policies, or names one twice."""
+    found = [setting(part) for part in re.split(r",(?![^\[]*\])", text)]
     if len(set(found)) < len(found):
         raise LoadTestError(f"--policies {text} names a policy twice. Expected: each once.")
     return found

@@ -26,6 +26,12 @@ def test_a_package_is_imported_in_its_folders_only(package: str) -> None:
     assert users <= ALLOWED[package]
 
 
+def test_loadtest_speaks_http_only() -> None:
+    """To sparseserve; vLLM is its client."""
+    found = {path.name: imported(path) & {"sparseserve", "vllm"} for path in (ROOT / "loadtest").rglob("*.py")}
+    assert {name: packages for name, packages in found.items() if packages} == {"vllm_bench.py": {"vllm"}}
+
+
 def test_the_middle_needs_no_vllm() -> None:
     """Everything but plugin/ and server/ imports where vLLM is absent."""
     block = "import sys; sys.modules['vllm'] = None; "

@@ -61,6 +61,7 @@ def test_settings_and_their_servers() -> None:
     words = command(found[0], "M", ["--max-model-len", "9"])
     expected = ["-m", "sparseserve", "serve", "M", "--policy", "tidal", "--set", "reselect_layer=4"]
     assert words[1:] == [*expected, "--set", "unit_tokens=32", "--max-model-len", "9"]
+    assert settings("tidal:reselect_layer=[9,18],quest")[0].values == {"reselect_layer": [9, 18]}
     assert command(setting("vllm"), "M", [])[1:] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "M"]
     for bad in ("quest,quest", "quest:budget", ""):
         with pytest.raises(LoadTestError, match="Expected"):
