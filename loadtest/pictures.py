@@ -17,17 +17,20 @@ STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "loadtest"}
 GRID: Any = {"color": "#dddddd", "linewidth": 0.6}
 COLOURS = ("#1f5fa8", "#d97a1f", "#3d8f4f", "#8a4fa3", "#b5485d", "#50808e", "#8c6d1f", "#444444")
 CONTROL = "#c0392b"
+RATE = "output_throughput"
 MIB = 2**20
 
 
 def throughput_against_latency(results: Results) -> str:
-    """Output tokens a second against p95 of TTFT and of TPOT; a point for every load."""
+    """Output tokens a second against p95 of TTFT and of TPOT; a point for every load, named at the control's."""
     figure = Figure(figsize=(9.2, 3.7), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ("ttft_p95", "tpot_p95"), strict=True):
         for setting, style in _styled(results):
-            pairs = [(cell.estimates.get(metric), cell.estimates.get("output_throughput")) for cell in setting.cells]
-            points = sorted((x.value, y.value) for x, y in pairs if x and y)
-            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, **style)
+            found = [(cell.load, *(cell.estimates.get(key) for key in (metric, RATE))) for cell in setting.cells]
+            points = [(load, x.value, y.value) for load, x, y in found if x and y]
+            axes.plot([x for _, x, _ in points], [y for *_, y in points], markersize=4, **style)
+            for load, x, y in points if setting.role == "control" else []:
+                axes.annotate(load, (x, y), xytext=(5, -9), textcoords="offset points", fontsize=7, color=CONTROL)
         _finish(axes, f"{metric[:4].upper()} p95, ms", "output tokens per second")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return _svg(figure)
@@ -43,9 +46,7 @@ def goodput(results: Results) -> str:
         bars = [cell.estimates.get("goodput", Estimate(0, 0, 0, [])) for cell in setting.cells]
         errors = [[bar.value - max(0, bar.low) for bar in bars], [bar.high - bar.value for bar in bars]]
         places = [place + shift for place in range(len(names))]
-        axes.errorbar(
-            places, [bar.value for bar in bars], errors, marker="o", markersize=4, capsize=2, **style | {"ls": ""}
-        )
+        axes.errorbar(places, [bar.value for bar in bars], errors, markersize=4, capsize=2, **style | {"ls": ""})
     axes.set_xticks(range(len(names)), names)
     _finish(axes, "load", "requests within the SLO per second")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -63,7 +64,7 @@ def over_time(results: Results, samples: dict[str, list[Sample]]) -> str | None:
         held_mib = [(s["time"] - run[0]["time"], b / MIB) for s in run if (b := kv_bytes(s)) is not None]
         usage = [(s["time"] - run[0]["time"], 100 * s["kv_usage"]) for s in run if "kv_usage" in s]
         for axes, points in ((held, held_mib), (used, usage)):
-            axes.plot([x for x, _ in points], [y for _, y in points], **style | {"label": setting.name})
+            axes.plot([x for x, _ in points], [y for _, y in points], **style | {"marker": ""})
             drawn |= bool(points)
     _finish(held, "seconds", "KV bytes that rows hold, MiB")
     _finish(used, "seconds", "KV cache in use, %")
@@ -86,7 +87,7 @@ def pareto(results: Results) -> str | None:
     front = [(x, y) for _, _, x, y in points if not any(a <= x and b >= y and (a, b) != (x, y) for *_, a, b in points)]
     axes.plot(*zip(*sorted(front), strict=True), color="#bbbbbb", linewidth=1, zorder=1)
     for _, style, x, y in points:
-        axes.plot([x], [y], marker="o", **style | {"ls": ""})
+        axes.plot([x], [y], **style | {"ls": ""})
     axes.set_ylim(-5, 108)
     axes.set_xlim(0, 1.12 * max(x for _, _, x, _ in points))
     _finish(axes, f"TPOT p50 at {load}, ms", "accuracy, %", zero=False)
@@ -96,12 +97,12 @@ def pareto(results: Results) -> str | None:
 
 def _styled(results: Results) -> list[tuple[SettingResult, dict[str, Any]]]:
     """Settings with their line; the control and its repetition share a colour."""
-    policies = [one for one in results.settings if one.role == "policy"]
-    styles = {"control": {"color": CONTROL, "ls": "-"}, "again": {"color": CONTROL, "ls": ":"}}
-    for number, one in enumerate(policies):
-        styles[one.name] = {"color": COLOURS[number % len(COLOURS)], "ls": ("-", "--")[number // len(COLOURS) % 2]}
+    styles = [{"color": CONTROL}, {"color": CONTROL, "ls": ":", "markerfacecolor": "white"}]
+    for number in range(len(results.settings) - len(styles)):
+        styles.append({"color": COLOURS[number % len(COLOURS)], "ls": ("-", "--")[number // len(COLOURS) % 2]})
     return [
-        (one, {**styles[one.name if one.role == "policy" else one.role], "label": one.name}) for one in results.settings
+        (one, {"ls": "-", "marker": "o", "label": one.name, **style})
+        for one, style in zip(results.settings, styles, strict=True)
     ]
 
 
