@@ -68,16 +68,17 @@ def matching(manifests: list[Manifest], selector: Manifest) -> list[Manifest]:
 
 
 def drains(manifests: list[Manifest]) -> Iterator[str]:
-    """The kubelet waits longer than a pod needs: strictly, for else it kills what was about to end."""
+    """The kubelet waits longer than a pod needs: strictly, for else it kills what was about to end.
+
+    A server needs its --shutdown-timeout for running answers, and as long again for vLLM's engine to end.
+    """
     for pod in pods(manifests):
         grace = pod["spec"]["terminationGracePeriodSeconds"]
         for one in pod["spec"]["containers"]:
-            flags = [arg for arg in one.get("args", []) if arg.startswith("--shutdown-timeout=")]
-            if (one["name"] == "server") != (len(flags) == 1):
-                yield f"{one['name']} has {len(flags)} --shutdown-timeout"
-            needed = one["lifecycle"]["preStop"]["sleep"]["seconds"] + sum(
-                int(flag.partition("=")[2]) for flag in flags
-            )
+            timeouts = [int(arg.partition("=")[2]) for arg in one.get("args", []) if "--shutdown-timeout=" in arg]
+            if (one["name"] == "server") != (len(timeouts) == 1):
+                yield f"{one['name']} has {len(timeouts)} --shutdown-timeout"
+            needed = one["lifecycle"]["preStop"]["sleep"]["seconds"] + 2 * sum(timeouts)
             if grace <= needed:
                 yield f"{one['name']} needs {needed} s, of {grace} s"
 

@@ -19,7 +19,8 @@ spec:
   serviceAccountName: {{ include "sparseserve.fullname" .root }}
   automountServiceAccountToken: false
   enableServiceLinks: false # a Service called vllm would set VLLM_PORT
-  terminationGracePeriodSeconds: {{ add $values.preStopSeconds $values.drainSeconds 15 }}
+  # The drain twice: vLLM waits as long again for its engine to end.
+  terminationGracePeriodSeconds: {{ add $values.preStopSeconds $values.drainSeconds $values.drainSeconds 15 }}
   {{- with $values.imagePullSecrets }}
   imagePullSecrets: {{- toYaml . | nindent 4 }}
   {{- end }}
