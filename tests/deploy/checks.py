@@ -18,7 +18,7 @@ from jsonschema import Draft202012Validator
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 CHART = DEPLOY / "helm" / "sparseserve"
-KUBERNETES = "1.30"  # the oldest that Chart.yaml allows
+KUBERNETES = ("1.30", "1.37")  # the oldest that Chart.yaml allows, the newest with a schema
 WARNING = 2
 
 
@@ -41,7 +41,8 @@ def validate(manifest: dict[str, Any]) -> list[str]:
         errors = Draft202012Validator(yaml.safe_load(schema.read_text())).iter_errors(manifest)
         return [f"{error.json_path}: {error.message}" for error in errors]
     try:
-        kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
+        for version in KUBERNETES:
+            kubernetes_validate.validate(manifest, version, strict=True)
     except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
         return [error.message]
     return []

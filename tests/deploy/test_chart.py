@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from manifests import (
     selects,
     servers,
 )
-from observability import DASHBOARDS, DEPLOY, FOLDER
+from observability import DASHBOARDS, DEPLOY, FOLDER, RULES, names
 
 from sparseserve.cli import app
 from sparseserve.config import PolicySource, _Loader, read_policy_file
@@ -178,6 +179,34 @@ def test_workers_outlast_the_leader_and_are_not_scraped(manifests: list[Manifest
     )
     assert worker >= leader + 30
     assert {pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in pods(manifests)} == {"server", "worker"}
+
+
+def test_scalers_ask_for_metrics_and_labels_that_exist(rendered: dict[str, dict[str, Any]]) -> None:
+    manifests = [manifest for answer in rendered.values() for manifest in parsed(answer)]
+    known = set.union(*(names(rule["expr"]) for rule in RULES))  # a live server has them: test_live_metrics
+    (adapter,) = yaml.safe_load((HELM / "examples" / "prometheus-adapter.yaml").read_text())["rules"]["custom"]
+    renamed = {re.sub(adapter["name"]["matches"], "vllm_\\1", name) for name in known}
+    for scaler in of_kind(manifests, "HorizontalPodAutoscaler"):
+        assert {metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]} <= renamed
+    (monitor,) = (one["spec"] for one in of_kind(parsed(rendered["gpu"]), "PodMonitor"))
+    relabelled = {one["targetLabel"] for one in monitor["podMetricsEndpoints"][0]["relabelings"]}
+    (scaled,) = of_kind(manifests, "ScaledObject")
+    for query in (trigger["metadata"]["query"] for trigger in scaled["spec"]["triggers"]):
+        assert names(query) and names(query) <= known
+        assert set(re.findall(r"(\w+)=", query)) == relabelled | {*monitor["podTargetLabels"], "namespace"}
+
+
+def test_images_start_as_the_chart_expects() -> None:
+    for text in ((DEPLOY / f"Dockerfile.{device}").read_text() for device in ("cuda", "cpu")):
+        assert 'ENTRYPOINT ["sparseserve", "serve"]' in text
+        assert "USER 10001:10001" in text and "HOME=/home/sparseserve" in text
+
+
+def test_the_proxy_is_the_image_of_the_compose_stack() -> None:
+    values = yaml.safe_load((HELM / "sparseserve" / "values.yaml").read_text())
+    assert (
+        values["proxy"]["image"] == yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["nginx"]["image"]
+    )
 
 
 def load(path: Path) -> Any:
