@@ -26,7 +26,7 @@ def throughput_against_latency(results: Results) -> str:
     figure = Figure(figsize=(9.2, 3.7), layout="constrained")
     for axes, metric in zip(figure.subplots(1, 2), ("ttft_p95", "tpot_p95"), strict=True):
         for setting, style in _styled(results):
-            found = [(cell.load, *(cell.estimates.get(key) for key in (metric, RATE))) for cell in setting.cells]
+            found = [(cell.load, cell.estimates.get(metric), cell.estimates.get(RATE)) for cell in setting.cells]
             points = [(load, x.value, y.value) for load, x, y in found if x and y]
             axes.plot([x for _, x, _ in points], [y for *_, y in points], markersize=4, **style)
             for load, x, y in points if setting.role == "control" else []:

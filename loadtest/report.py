@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from loadtest import pictures
 from loadtest.metrics import read_samples
@@ -52,12 +53,13 @@ def _sentence(title: str, comparisons: Sequence[Comparison]) -> str:
     return f"{title}: {verdict(comparisons)}" + (f"; against the control {ratios}" if ratios else "")
 
 
-def _estimate(one: Estimate | None) -> str:
+def _estimate(one: Estimate | None) -> Markup:
     """With as many digits as its size asks for; a rate or a latency is never below 0."""
     if one is None:
-        return ""
+        return Markup()
     digits = 0 if one.value >= 100 else 1 if one.value >= 10 else 2
-    return f"{one.value:.{digits}f} [{max(0.0, one.low):.{digits}f}, {one.high:.{digits}f}]"
+    interval = f"[{max(0.0, one.low):.{digits}f}, {one.high:.{digits}f}]"
+    return Markup("{}<small>{}</small>").format(f"{one.value:.{digits}f}", interval)
 
 
 def _share(value: float | None) -> str:
