@@ -12,11 +12,12 @@ import pytest
 from loadtest_fakes import BrokenBench, FakeBench, FakeServer, scenario
 from typer.testing import CliRunner
 
+import loadtest.pictures
 import loadtest.run
 from loadtest.__main__ import app
 from loadtest.prompts import Tokens
 from loadtest.run import Request, order
-from loadtest.scenario import LoadTestError, Scenario
+from loadtest.scenario import LoadTestError
 from loadtest.server import Server, command
 from loadtest.setting import Setting, setting, settings
 from loadtest.traffic import complete
@@ -32,11 +33,13 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def load(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
-    """Runs a scenario against the fake server; its answer is what the command line gives."""
+    """Runs the small scenario against the fake server; gives what the command line gives. Drawing takes a second."""
 
-    def run(bench: FakeBench, *flags: str, asked: Scenario | None = None) -> Any:
+    def run(bench: FakeBench, *flags: str, drawn: bool = False) -> Any:
         monkeypatch.setattr(loadtest.run, "bench_client", bench.client)
-        (tmp_path / "s.yaml").write_text((asked or scenario()).model_dump_json())
+        if not drawn:
+            monkeypatch.setattr(loadtest.pictures, "_svg", lambda figure: "<svg></svg>")
+        (tmp_path / "s.yaml").write_text(scenario().model_dump_json())
         words = ["run", str(tmp_path / "s.yaml"), "--model", "some/<model>", "--url", server.url, *flags]
         return CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
 
@@ -151,7 +154,7 @@ class _Page(HTMLParser):
 
 
 def test_the_report_is_one_file_with_a_command_for_every_number(load: Load, tmp_path: Path) -> None:
-    assert load(FakeBench({}, {"fake@quick": 0.5}), "--policies", "quick").exit_code == 0
+    assert load(FakeBench({}, {"fake@quick": 0.5}), "--policies", "quick", drawn=True).exit_code == 0
     page = _Page((tmp_path / "out" / "report.html").read_text())
     assert all(link.startswith("#") for link in page.loaded)
     assert page.pictures == 4  # throughput against latency, goodput, Pareto, memory
