@@ -196,6 +196,23 @@ def test_scalers_ask_for_metrics_and_labels_that_exist(rendered: dict[str, dict[
         assert set(re.findall(r"(\w+)=", query)) == relabelled | {*monitor["podTargetLabels"], "namespace"}
 
 
+@pytest.mark.parametrize(
+    ("case", "warned"),
+    [
+        ("gpu", []),
+        ("cpu", ["No API key", "Nothing is scraped"]),
+        ("no proxy", ["No API key", "The proxy is off"]),
+        ("a new claim", ["No API key", "org/name must be in the volume", "Nothing is scraped"]),
+    ],
+)
+def test_the_notes_warn_of_what_is_open_or_missing(
+    case: str, warned: list[str], rendered: dict[str, dict[str, Any]]
+) -> None:
+    notes = rendered[case]["files"]["NOTES.txt"]
+    warnings = ["No API key", "The proxy is off", "org/name must be in the volume", "Nothing is scraped"]
+    assert [warning for warning in warnings if warning in notes] == warned
+
+
 def test_images_start_as_the_chart_expects() -> None:
     for text in ((DEPLOY / f"Dockerfile.{device}").read_text() for device in ("cuda", "cpu")):
         assert 'ENTRYPOINT ["sparseserve", "serve"]' in text
