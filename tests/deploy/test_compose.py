@@ -19,7 +19,6 @@ from observability import DASHBOARDS, DEPLOY
 
 CHECKS = DEPLOY.parent / ".venv-checks"
 UNIT = DEPLOY / "systemd" / "sparseserve.service"
-SECONDS = re.compile(r"(\d+)s?")
 every_service = pytest.mark.parametrize("service", SERVICES.values(), ids=SERVICES.keys())
 
 
@@ -83,9 +82,10 @@ def test_what_must_be_given_is_in_the_example_and_has_no_default() -> None:
 
 @pytest.mark.parametrize("path", [FILE, GPU_FILE], ids=lambda path: path.name)
 def test_running_answers_have_time_to_end(path: Path) -> None:
+    """vLLM waits once for them and once for its engine."""
     server = SERVICES["sparseserve"] | yaml.safe_load(path.read_text())["services"]["sparseserve"]
     (drain,) = (int(flag.split("=")[1]) for flag in server["command"] if flag.startswith("--shutdown-timeout="))
-    assert int(SECONDS.fullmatch(server["stop_grace_period"])[1]) > drain  # type: ignore[index]
+    assert int(server["stop_grace_period"].removesuffix("s")) > 2 * drain
 
 
 def test_grafana_finds_prometheus_and_the_dashboards() -> None:
@@ -124,7 +124,7 @@ def test_systemd_knows_every_word_of_the_unit_and_finds_it_hardened(tmp_path: Pa
 def test_the_unit_restarts_and_waits_for_the_drain(unit: configparser.SectionProxy) -> None:
     assert unit["Restart"] == "always" and unit["User"] != "root"
     drain = re.search(r"--shutdown-timeout (\d+)", unit["ExecStart"])
-    assert drain and int(unit["TimeoutStopSec"]) > int(drain[1])
+    assert drain and int(unit["TimeoutStopSec"]) > 2 * int(drain[1])
 
 
 def test_the_unit_takes_its_words_from_the_example(unit: configparser.SectionProxy) -> None:

@@ -19,9 +19,8 @@ def main(asked: dict[str, Any]) -> Any:
 
     answers, request = {}, 0
     for name, policy in asked["policies"].items():
-        if len(asked["policies"]) > 1:
-            llm.collective_rpc(rebind, args=(from_dict(policy),))
-            llm.reset_prefix_cache()
+        llm.collective_rpc(rebind, args=(from_dict(policy),))
+        llm.reset_prefix_cache()
         params = SamplingParams(temperature=0, max_tokens=16)
         found = [output.outputs[0] for output in llm.generate(asked["prompts"], params, use_tqdm=False)]
         names = range(request, request := request + len(found))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,29 +24,24 @@ Answers = dict[str, dict[str, Any]]
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
     heads = write_head_map(tmp_path_factory.mktemp("heads") / "heads.json", set(circuits.retrieval_heads()))
-    window: dict[str, Any] = {"artifact": heads, "sink_tokens": 64, "recent_tokens": 192, "min_tokens": 256}
+    window: dict[str, Any] = {"sink_tokens": 64, "recent_tokens": 192, "kv_memory": "shared"}
     return {
         "quest": Quest(budget_tokens=512, min_tokens=256, recall_sample=1),
-        "retrieval": Retrieval(**window, kv_memory="shared", recall_sample=1),
-        "retrieval-per_head": Retrieval(**window),
+        "retrieval": Retrieval(artifact=heads, min_tokens=256, recall_sample=1, **window),
     }
 
 
-@pytest.fixture(scope="module")
-def answer(model: Path, policies: dict[str, Policy]) -> Callable[..., Answers]:
-    def answer(ranks: int, *names: str) -> Answers:
-        engine = {"max_model_len": 4096, "max_num_seqs": 4, "tensor_parallel_size": ranks}
-        asked = {"prompts": [question.prompt for question in QUESTIONS]}
-        asked["policies"] = {name: to_dict(policies[name]) for name in names}
-        found, _ = one_process.ask(SCRIPT, model, policies[names[0]], engine, **asked)
-        assert isinstance(found, dict)
-        return found
-
-    return answer
+def answers(model: Path, policies: dict[str, Policy], ranks: int) -> Answers:
+    engine = {"max_model_len": 4096, "max_num_seqs": 4, "tensor_parallel_size": ranks}
+    asked = {name: to_dict(policy) for name, policy in policies.items()}
+    prompts = [question.prompt for question in QUESTIONS]
+    found, _ = one_process.ask(SCRIPT, model, policies["quest"], engine, policies=asked, prompts=prompts)
+    assert isinstance(found, dict)
+    return found
 
 
-def test_two_ranks_answer_as_one_and_measure_their_heads(answer: Callable[..., Answers]) -> None:
-    one, two = (answer(ranks, "quest", "retrieval") for ranks in (1, 2))
+def test_two_ranks_answer_as_one_and_measure_their_heads(model: Path, policies: dict[str, Policy]) -> None:
+    one, two = (answers(model, policies, ranks) for ranks in (1, 2))
     for name, alone in one.items():
         assert two[name]["tokens"] == alone["tokens"]
         assert alone["texts"] == [question.answer for question in QUESTIONS]
@@ -55,8 +49,3 @@ def test_two_ranks_answer_as_one_and_measure_their_heads(answer: Callable[..., A
             assert [part["policy"] for part in parts] == [name, name]
             # The worst layer of both halves together is no worse than what each lost in its own worst one.
             assert mean(part["recall"] for part in parts) < whole["recall"] + 0.02 < 1
-
-
-def test_ranks_store_their_heads_by_themselves(answer: Callable[..., Answers]) -> None:
-    """Each rank sorts its own heads into groups; pages are as large on all."""
-    assert answer(2, "retrieval-per_head")["retrieval-per_head"]["texts"] == [question.answer for question in QUESTIONS]
