@@ -13,7 +13,7 @@ from loadtest.metrics import Sample, read_samples, sampled
 from loadtest.prompts import Prompt, Tokens, prompts, write_dataset
 from loadtest.results import Role
 from loadtest.scenario import Load, Scenario
-from loadtest.server import Server, running_at, serving
+from loadtest.server import Server, check, running_at, serving
 from loadtest.setting import Setting
 
 WARM_UP = "warm-up"
@@ -80,6 +80,8 @@ def order(request: Request) -> list[Served]:
 def measure(request: Request, say: Callable[[str], None]) -> list[Served]:
     """Everything, in order; raises LoadTestError where a server or the client does not work."""
     request.folder.mkdir(parents=True, exist_ok=True)
+    for setting in [] if request.url else [request.control, *request.policies]:
+        check(setting, request.model)
     plan, tokens = order(request), None
     with bench_client(request.folder / "bench.log") as client:
         for number, served in enumerate(plan):

@@ -97,8 +97,19 @@ def command(setting: Setting, model: str, flags: Sequence[str]) -> list[str]:
     """Serves `model` under `setting`; vLLM's own server where it is plugin-free."""
     if setting.policy == PLUGIN_FREE:
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *flags]
-    pairs = [word for pair in setting.pairs for word in ("--set", pair)]
-    return [sys.executable, "-m", "sparseserve", "serve", model, "--policy", setting.policy, *pairs, *flags]
+    return [sys.executable, "-m", "sparseserve", "serve", model, *_policy_flags(setting), *flags]
+
+
+def check(setting: Setting, model: str) -> None:
+    """Ask `sparseserve explain`, before hours of work; LoadTestError with its message where it refuses a setting."""
+    if setting.policy == PLUGIN_FREE:
+        return
+    words = [sys.executable, "-m", "sparseserve", "explain", model, *_policy_flags(setting)]
+    answer = subprocess.run(words, capture_output=True, text=True)
+    if answer.returncode:
+        lines = answer.stderr.splitlines()
+        said = next((line for line in lines if line.startswith("sparseserve:")), answer.stderr[-2000:])
+        raise LoadTestError(f"{setting}: {said}")
 
 
 @contextmanager
@@ -149,6 +160,10 @@ def running_at(url: str, alias: str) -> Iterator[Server]:
     except httpx.HTTPError as error:
         raise LoadTestError(f"--url {url} is no OpenAI-compatible server: {error}") from None
     yield Server(plain.url, name if alias == "default" else f"{name}@{alias}", plain.command)
+
+
+def _policy_flags(setting: Setting) -> list[str]:
+    return ["--policy", setting.policy, *(word for pair in setting.pairs for word in ("--set", pair))]
 
 
 def _wait_until_healthy(server: Server) -> None:

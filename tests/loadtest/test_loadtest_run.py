@@ -16,7 +16,7 @@ import loadtest.pictures
 import loadtest.run
 from loadtest.__main__ import app
 from loadtest.prompts import Tokens
-from loadtest.run import Request, order
+from loadtest.run import Request, measure, order
 from loadtest.scenario import LoadTestError
 from loadtest.server import Server, command
 from loadtest.setting import Setting, setting, settings
@@ -69,6 +69,19 @@ def test_settings_and_their_servers() -> None:
     for bad in ("quest,quest", "quest:budget", ""):
         with pytest.raises(LoadTestError, match="Expected"):
             settings(bad)
+
+
+def test_a_policy_that_is_refused_is_so_before_any_server_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "a warning\nsparseserve: $3 $6 is refused" >&2\nexit 2\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    asked = Request(scenario(), "m", Setting("vllm"), settings("tidl"), None, (), tmp_path / "out", "")
+    with pytest.raises(LoadTestError, match="tidl: sparseserve: explain tidl is refused$"):
+        measure(asked, print)
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 def test_a_good_policy_passes(load: Load, tmp_path: Path) -> None:
