@@ -93,6 +93,7 @@ def prepare(source: PolicySource, argv: list[str]) -> Launch:
     with vllm_errors():
         args = parse(argv)
     check_metrics_folder(args, os.environ)
+    check_api_servers(args)
     policy = source.policy(args.model)
     argv = [*argv, *policy_flags(policy, args), *server_flags(policy, args)]
     if current_platform.is_cuda():
@@ -108,6 +109,14 @@ def prepare(source: PolicySource, argv: list[str]) -> Launch:
         raise source.locate(error, args.model) from None
     memory = predict_memory(policy, plans, shape, config.model_config.dtype.itemsize)
     return Launch(args, command_line(argv), summary(config, policy, plans, memory))
+
+
+def check_api_servers(args: argparse.Namespace) -> None:
+    """Raise UnsupportedError for one API server before several engines: it would show the workers of the first alone."""
+    if args.data_parallel_size > 1 and args.api_server_count == 1:
+        allowed = f"2 or more with --data-parallel-size {args.data_parallel_size}: one shows the first engine's metrics"
+        remedy = "drop it: vLLM starts an API server for every engine"
+        raise UnsupportedError(Problem("--api-server-count", 1, allowed, remedy=remedy))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

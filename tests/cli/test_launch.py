@@ -77,6 +77,7 @@ def test_the_remedy_for_sliding_windows_works(models: dict[str, str]) -> None:
             ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
             ["--kv-transfer-config = ExampleConnector", "drop --kv-transfer-config"],
         ),
+        (["-dp", "2", "--api-server-count", "1"], ["--api-server-count = 1", "2 or more", "drop it"]),
         (["--kv-offloading-size", "1"], ["--kv-offloading-size = OffloadingConnector", "drop --kv-offloading-size"]),
     ],
 )
