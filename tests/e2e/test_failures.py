@@ -1,0 +1,157 @@
+"""What happens when files break, workers stop or die, and queues fill: RUNBOOK.md's table, on one server."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from sparseserve.demo.gates import build_gates
+from sparseserve.demo.questions import ask
+from sparseserve.server.process import SERVE, Server, running
+
+pytestmark = pytest.mark.e2e
+ROWS, TAKEN = 2, 4  # vLLM's cap on the queue counts the rows that run, too
+FLAGS = ["--served-model-name", "demo", "--max-model-len", "2048", "--max-num-seqs", str(ROWS), "--enforce-eager"]
+FLAGS += ["--max-num-queued-reqs", str(TAKEN)]
+ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+CLIENT = httpx.Client(timeout=120)
+QUESTION = ask(700, 0.5, seed=3, value_length=4)
+STREAM = {"prompt": QUESTION.prompt, "max_tokens": 1200, "ignore_eos": True, "stream": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def gates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("failures") / "gates.safetensors"
+    build_gates(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def policy(gates: Path) -> Path:
+    path = gates.with_name("policy.yaml")
+    _write(path, gates, "budget_tokens")
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, policy: Path) -> Iterator[Server]:
+    with running(_command(model, policy), policy.with_name("server.log"), ENV) as started:
+        yield started
+
+
+def _write(policy: Path, gates: Path, key: str) -> None:
+    policy.write_text(f'models: {{"*": {{policy: seer, artifact: {gates}, min_tokens: 128, {key}: 256}}}}')
+
+
+def _command(model: Path, policy: Path) -> list[str]:
+    return [*SERVE, str(model), "--policy", str(policy), *FLAGS]
+
+
+def _refused(model: Path, policy: Path) -> str:
+    """What a start that ends with exit code 2 says."""
+    ended = subprocess.run(_command(model, policy), env=os.environ | ENV, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    return ended.stderr
+
+
+def _answer(server: Server) -> str:
+    body = {"prompt": QUESTION.prompt, "max_tokens": 5, "temperature": 0}
+    answer = CLIENT.post(f"{server.url}/v1/completions", json=body)
+    text: str = answer.json()["choices"][0]["text"]
+    return text
+
+
+def _events(server: Server) -> list[dict[str, Any]]:
+    """The events of a stream, to its end or to where it breaks off."""
+    events: list[dict[str, Any]] = []
+    with CLIENT.stream("POST", f"{server.url}/v1/completions", json=STREAM) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                events.append(json.loads(line.removeprefix("data: ")))
+    return events
+
+
+def _streams(pool: ThreadPoolExecutor, server: Server) -> list[Future[list[dict[str, Any]]]]:
+    """As many streams as the server takes, first those that run."""
+    streams = [pool.submit(_events, server) for _ in range(ROWS)]
+    _wait(server, "running", ROWS)
+    streams += [pool.submit(_events, server) for _ in range(TAKEN - ROWS)]
+    _wait(server, "waiting", TAKEN - ROWS)
+    return streams
+
+
+def _wait(server: Server, state: str, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while server.total(f"vllm:num_requests_{state}") < count:
+        assert time.monotonic() < deadline, f"no {count} requests are {state}"
+        time.sleep(0.05)
+
+
+def _worker(server: Server) -> psutil.Process:
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    return next(process for process in processes if process.name().startswith("VLLM::Worker"))
+
+
+def test_a_policy_file_that_breaks_stops_the_next_start_only(
+    model: Path, policy: Path, gates: Path, server: Server
+) -> None:
+    _write(policy, gates, "budget_tokns")
+    said = _refused(model, policy)
+    assert all(part in said for part in (str(policy), "budget_tokns = 256", "Did you mean 'budget_tokens'", "Remedy"))
+    assert _answer(server) == QUESTION.answer
+    _write(policy, gates, "budget_tokens")
+
+
+def test_an_artifact_that_breaks_stops_the_next_start_only(
+    model: Path, policy: Path, gates: Path, server: Server
+) -> None:
+    whole = gates.read_bytes()
+    gates.write_bytes(whole[:-1])
+    said = _refused(model, policy)
+    assert all(part in said for part in (str(gates), "Remedy")), said
+    assert _answer(server) == QUESTION.answer
+    gates.write_bytes(whole)
+
+
+def test_a_worker_that_stands_still_delays_answers(server: Server) -> None:
+    with ThreadPoolExecutor() as pool:
+        streams = _streams(pool, server)
+        worker = _worker(server)
+        worker.suspend()
+        time.sleep(3)
+        ended = [stream.done() for stream in streams]
+        worker.resume()
+        events = [stream.result() for stream in streams]
+    assert not any(ended)
+    assert {stream[-1]["choices"][0]["finish_reason"] for stream in events} == {"length"}
+    assert len({"".join(event["choices"][0]["text"] for event in stream) for stream in events}) == 1
+
+
+def test_a_full_queue_sends_clients_away_and_works_on(server: Server) -> None:
+    with ThreadPoolExecutor() as pool:
+        streams = _streams(pool, server)
+        refused = CLIENT.post(f"{server.url}/v1/completions", json=STREAM)
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert {stream.result()[-1]["choices"][0]["finish_reason"] for stream in streams} == {"length"}
+    assert _answer(server) == QUESTION.answer
+
+
+def test_a_killed_worker_ends_every_stream_and_the_server(server: Server) -> None:
+    """Runs last: it ends the server."""
+    with ThreadPoolExecutor() as pool:
+        streams = _streams(pool, server)
+        _worker(server).kill()
+        deadline = time.monotonic() + 10
+        events = [stream.result(deadline - time.monotonic()) for stream in streams]
+    assert all("error" in stream[-1] for stream in events)
+    assert server.process.wait(30) == 1
+    assert "the server ended without being told to" in server.log.read_text()
