@@ -112,7 +112,7 @@ def prepare(source: PolicySource, argv: list[str]) -> Launch:
 
 
 def check_api_servers(args: argparse.Namespace) -> None:
-    """Raise UnsupportedError for one API server before several engines: it would show the workers of the first alone."""
+    """Raise UnsupportedError for one API server before several engines: it would show the first one alone."""
     if args.data_parallel_size > 1 and args.api_server_count == 1:
         allowed = f"2 or more with --data-parallel-size {args.data_parallel_size}: one shows the first engine's metrics"
         remedy = "drop it: vLLM starts an API server for every engine"
