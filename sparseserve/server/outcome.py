@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -12,6 +11,7 @@ from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.logger import init_logger
 
 from sparseserve.server.asgi import is_inference, set_header
 
@@ -19,7 +19,7 @@ TIMEOUT = 1.0  # seconds
 EVENT = b"data: "
 EVENT_END = b"\n\n"
 Ask = Callable[[str], Awaitable[list[dict[str, Any] | None]]]  # a request's id; one answer of each worker
-log = logging.getLogger(__name__)
+log = init_logger(f"vllm.{__name__}")  # vLLM shows what its own loggers say
 
 
 class OutcomeMiddleware:
