@@ -10,9 +10,9 @@ from prometheus_client import Counter, Gauge
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sparseserve.server.asgi import is_inference
+from sparseserve.server.refusals import STREAMED_ERROR
 
 CHOICE = "sparseserve_choice"  # key of the scope
-STREAMED_ERROR = b'data: {"error"'  # how vLLM ends a stream, under status 200, when its engine fails
 CHOICES, OUTCOMES = ("default", "dense", "budget"), ("ok", "rejected", "aborted", "failed")
 REQUESTS = Counter("sparseserve_requests", "Requests, by what they asked of the policy.", ["choice", "outcome"])
 CONFIGURED = Gauge("sparseserve_configured", "1 for the configured policy.", ["policy"], multiprocess_mode="livemax")

@@ -17,6 +17,7 @@ from sparseserve.server.counters import CountMiddleware, announce
 from sparseserve.server.drain import Drain, DrainMiddleware, readiness
 from sparseserve.server.limits import BodyMiddleware, KeyMiddleware, api_keys, max_request_bytes
 from sparseserve.server.outcome import OutcomeMiddleware
+from sparseserve.server.refusals import RefusalMiddleware
 from sparseserve.server.request_options import OptionReader, OptionsMiddleware
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class FrontEndpoint:
         """Add /ready and the middleware, innermost first; all of it runs inside vLLM's own."""
         args: Namespace = app.state.args
         drain = Drain(args.shutdown_timeout)
+        app.add_middleware(RefusalMiddleware)
         policy = policy_of(args)  # the arguments have vLLM's additional_config, too
         if policy is not None:
             self._follow_policy(app, policy, args)
