@@ -57,6 +57,7 @@ bench: $(VENV)/.built
 	$(BIN)/python kernels/bench/ops.py --json build/bench-ops.json
 	$(BIN)/python kernels/bench/decode.py --json build/bench-decode.json
 	$(BIN)/python kernels/bench/heads.py --json build/bench-heads.json
+	$(BIN)/python kernels/bench/recall.py --json build/bench-recall.json
 
 # The CUDA kernels in the simulator, under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitize
