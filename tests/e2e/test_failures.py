@@ -70,10 +70,11 @@ def _answer(server: Server) -> str:
 
 
 def _events(server: Server) -> list[dict[str, Any]]:
-    """The events of a stream, to its end or to where it breaks off."""
+    """The events of a stream, to its end or to where it breaks off; of one that never began its refusal."""
     events: list[dict[str, Any]] = []
     with CLIENT.stream("POST", f"{server.url}/v1/completions", json=STREAM) as response:
-        response.raise_for_status()
+        if response.is_error:
+            return [json.loads(response.read())]
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 events.append(json.loads(line.removeprefix("data: ")))
