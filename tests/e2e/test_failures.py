@@ -72,7 +72,8 @@ def _answer(server: Server) -> str:
 def _events(server: Server) -> list[dict[str, Any]]:
     """The events of a stream, to its end or to where it breaks off; of one that never began its refusal."""
     events: list[dict[str, Any]] = []
-    with CLIENT.stream("POST", f"{server.url}/v1/completions", json=STREAM) as response:
+    # A client of its own: threads that share one may wait for each other's connection.
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=STREAM, timeout=120, verify=False) as response:
         if response.is_error:
             return [json.loads(response.read())]
         for line in response.iter_lines():
