@@ -25,11 +25,6 @@ class RequestOptions:
     dense: bool = False
     budget_tokens: int = 0  # 0: the policy's
 
-    def xargs(self) -> dict[str, Any]:
-        """As `read_options` takes them."""
-        asked: dict[str, Any] = {POLICY: "dense"} if self.dense else {}
-        return asked | ({BUDGET: self.budget_tokens} if self.budget_tokens else {})
-
 
 def read_options(xargs: Mapping[str, Any], policy: Policy) -> RequestOptions:
     """What our keys among a request's `vllm_xargs` ask of `policy`; ConfigError for what it cannot give."""

@@ -62,7 +62,7 @@ class Server:
 @contextmanager
 def running(command: Sequence[str], log: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
     """Start `command` with a free `--port`, wait until it is healthy, stop it at the end, also at our own."""
-    port = _free_port()
+    port = free_port()
     full = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -81,7 +81,8 @@ def running(command: Sequence[str], log: Path, env: dict[str, str] | None = None
             server.stop()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
