@@ -19,7 +19,7 @@ from observability import FOLDER
 
 from sparseserve.server.process import free_port
 
-PATIENCE = 60.0  # seconds
+PATIENCE = 240.0  # seconds; other tests may leave little of the machine
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,16 @@
 """What stands before vLLM's routes, on one server with a key: options, limits, counts, and at last its end."""
 
+import http.client
 import json
 import signal
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
 
 import pytest
 from openai import APIStatusError, BadRequestError, OpenAI
@@ -24,7 +27,7 @@ LIMITS = ["--max-num-queued-reqs", "4", "--api-key", KEY]
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 # Registered, but not in the schema or only with other flags.
 UNLISTED = ["/inference/v1/generate", "/inference/v1/abort_requests", "/abort_requests", "/collective_rpc", "/sleep"]
-LONG: dict[str, Any] = {"model": "demo", "prompt": "a" * 64, "max_tokens": 300, "extra_body": {"ignore_eos": True}}
+LONG: dict[str, Any] = {"model": "demo", "prompt": "a" * 64, "max_tokens": 4000, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,13 @@ def call(server: Server, method: str, path: str, body: bytes | None = None, key:
             return response.status, response.headers, response.read()
     except HTTPError as error:
         return error.code, error.headers, error.read()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def ran(server: Server) -> float:
@@ -152,19 +162,26 @@ def test_clients_that_go_away_are_counted(server: Server, client: OpenAI) -> Non
     stream = client.completions.create(**LONG, stream=True)
     next(iter(stream))
     stream.close()
-    while server.total("vllm:num_requests_running"):
-        pass
-    assert server.total("sparseserve_requests_total", outcome="aborted") == before + 1
+    wait_until(lambda: server.total("sparseserve_requests_total", outcome="aborted") == before + 1)
+    wait_until(lambda: server.total("vllm:num_requests_running") == 0)
 
 
 def test_a_stopped_server_finishes_what_runs(server: Server, client: OpenAI) -> None:
     """Runs last: it ends the server."""
     assert call(server, "GET", "/ready")[0] == 200
-    stream = client.completions.create(**LONG, stream=True, stream_options={"include_usage": True})
+    body = json.dumps({"model": "demo", "prompt": "a", "max_tokens": 3, "ignore_eos": True}).encode()
+    unsent = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+    unsent.putrequest("POST", "/v1/completions")
+    unsent.putheader("Authorization", f"Bearer {KEY}")
+    unsent.putheader("Content-Type", "application/json")
+    unsent.putheader("Content-Length", str(len(body)))
+    unsent.endheaders(body[:-1])  # runs until the last byte is there
+    stream = client.completions.create(
+        **LONG | {"max_tokens": 300}, stream=True, stream_options={"include_usage": True}
+    )
     chunks = [next(stream)]
     server.process.send_signal(signal.SIGTERM)
-    while call(server, "GET", "/ready")[0] == 200:
-        chunks.append(next(stream))
+    wait_until(lambda: call(server, "GET", "/ready")[0] != 200)
     status, headers, answer = call(server, "GET", "/ready")
     assert (status, json.loads(answer), headers["Retry-After"]) == (503, {"status": "draining"}, "1")
     assert server.total("sparseserve_draining") == 1
@@ -174,6 +191,8 @@ def test_a_stopped_server_finishes_what_runs(server: Server, client: OpenAI) -> 
     chunks += stream
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 300
     assert chunks[-2].choices[0].finish_reason == "length"
+    unsent.send(body[-1:])
+    assert json.load(unsent.getresponse())["usage"]["completion_tokens"] == 3
     assert server.process.wait(30) == 0
     log = server.log.read_text()
     assert "Exception in ASGI application" not in log and "cannot schedule new futures" not in log
