@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sparseserve.server.asgi import RETRY_AFTER, error, is_post
 from sparseserve.server.counters import DRAINING
+from sparseserve.server.supervise import announce_serving
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -36,6 +37,7 @@ class Drain:
     def listen(self) -> None:
         """Take SIGTERM; called once vLLM has set its handlers."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.start)
+        announce_serving()
 
     def start(self) -> None:
         """Refuse new requests, and stop the server when the others have ended or the time is over."""

@@ -12,35 +12,60 @@ from contextlib import suppress
 from types import FrameType
 
 SERVER_ENDED = 1  # exit code of a server that stops serving; only the supervisor knows whether it was told to
+START_GRACE = 5  # seconds to end for a server that was told to before it serves
+ENV_SUPERVISOR = "SPARSESERVE_SUPERVISOR"  # whom to tell that the server serves
 PR_SET_PDEATHSIG = 1
 
 
 def supervise(command: Sequence[str]) -> int:
     """Run `command`; 0 once it was told to stop, else its own exit code.
 
-    The first SIGTERM or SIGINT tells it to finish what runs (SIGTERM), the second ends it at once.
+    The first SIGTERM or SIGINT tells it to finish what runs (SIGTERM), the second ends it at once. Until it serves,
+    nothing runs, and vLLM may swallow the signal: all of its processes get it, and START_GRACE to follow it.
     """
-    stopping = False
-    # Its own session: Ctrl+C reaches it once, through us, and what it leaves behind can be found.
-    child = subprocess.Popen(command, start_new_session=True)
+    serving = stopping = False
 
     def stop(_: int, __: FrameType | None) -> None:
         nonlocal stopping
         if stopping:
-            os.killpg(child.pid, signal.SIGKILL)
+            return end()
         stopping = True
-        child.send_signal(signal.SIGTERM)
+        if serving:
+            child.send_signal(signal.SIGTERM)
+        else:
+            os.killpg(child.pid, signal.SIGTERM)
+            signal.alarm(START_GRACE)
 
+    def serve(_: int, __: FrameType | None) -> None:
+        nonlocal serving
+        if stopping and not serving:
+            end()
+        serving = True
+
+    def end(*_: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+    signal.signal(signal.SIGUSR1, serve)
+    # Its own session: Ctrl+C reaches it once, through us, and what it leaves behind can be found.
+    child = subprocess.Popen(command, start_new_session=True, env=os.environ | {ENV_SUPERVISOR: str(os.getpid())})
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop)
+    signal.signal(signal.SIGALRM, end)
     code = child.wait()
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+    end()
     if stopping:
         return 0
     if code == SERVER_ENDED:
         print("sparseserve: the server ended without being told to, see its log above", file=sys.stderr)
     return code if code >= 0 else 128 - code
+
+
+def announce_serving() -> None:
+    """Tell the supervisor, if there is one, that from now on a stop may cut answers."""
+    if supervisor := os.environ.get(ENV_SUPERVISOR):
+        with suppress(ProcessLookupError):
+            os.kill(int(supervisor), signal.SIGUSR1)
 
 
 def stop_with_parent() -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from sparseserve.server.supervise import SERVER_ENDED
+from sparseserve.server.supervise import SERVER_ENDED, START_GRACE
 
 PRELUDE = (
-    "import os, pathlib, signal, subprocess, sys, time\nfrom sparseserve.server.supervise import stop_with_parent\n"
+    "import os, pathlib, signal, subprocess, sys, time\n"
+    "from sparseserve.server.supervise import announce_serving, stop_with_parent\n"
 )
 READY = "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
 SUPERVISE = "import sys; from sparseserve.server.supervise import supervise; sys.exit(supervise(sys.argv[1:]))"
@@ -79,17 +80,38 @@ def test_a_stop_is_told_as_sigterm_and_no_failure(start: Start, stop: signal.Sig
     assert not alive(server)
 
 
+DRAINS = "signal.signal(signal.SIGTERM, lambda *_: print('draining', file=open(sys.argv[1] + 'd', 'w'), flush=True))\n"
+
+
 def test_a_second_stop_ends_a_server_that_still_drains(start: Start) -> None:
-    handler = (
-        "signal.signal(signal.SIGTERM, lambda *_: print('draining', file=open(sys.argv[1] + 'd', 'w'), flush=True))\n"
-    )
-    supervisor, server = start(handler + READY + "while True: time.sleep(60)")
+    """Also where a second API server begins to serve meanwhile."""
+    begins = "signal.pause(); announce_serving(); time.sleep(60)"
+    supervisor, server = start(DRAINS + "announce_serving()\n" + READY + begins)
     draining = Path(f"{_command(server)[-1]}d")
     supervisor.send_signal(signal.SIGINT)
     wait_until(draining.exists)
-    assert supervisor.poll() is None and alive(server)
+    with pytest.raises(subprocess.TimeoutExpired):
+        supervisor.wait(START_GRACE + 1)
+    assert alive(server)
     supervisor.send_signal(signal.SIGINT)
     assert supervisor.wait(30) == 0
+    assert not alive(server)
+
+
+def test_a_stop_is_not_swallowed_by_a_server_that_starts(start: Start) -> None:
+    engine = "engine = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    ready = "pathlib.Path(sys.argv[1]).write_text(str(engine.pid))\n"
+    supervisor, engine_pid = start(DRAINS + engine + ready + "while True: time.sleep(60)")
+    supervisor.send_signal(signal.SIGTERM)
+    wait_until(lambda: not alive(engine_pid))  # which follows the signal
+    assert supervisor.poll() is None
+    assert supervisor.wait(START_GRACE + 5) == 0
+
+
+def test_a_server_that_swallowed_a_stop_does_not_serve(start: Start) -> None:
+    supervisor, server = start(DRAINS + READY + "signal.pause(); announce_serving(); time.sleep(60)")
+    supervisor.send_signal(signal.SIGTERM)
+    assert supervisor.wait(START_GRACE - 1) == 0
     assert not alive(server)
 
 

@@ -16,6 +16,7 @@ import pytest
 from sparseserve.demo.gates import build_gates
 from sparseserve.demo.questions import ask
 from sparseserve.server.process import SERVE, Server, running
+from sparseserve.server.supervise import START_GRACE
 
 pytestmark = pytest.mark.e2e
 ROWS, TAKEN = 2, 4  # vLLM's cap on the queue counts the rows that run, too
@@ -101,6 +102,19 @@ def _wait(server: Server, state: str, count: int) -> None:
 def _worker(server: Server) -> psutil.Process:
     processes = psutil.Process(server.process.pid).children(recursive=True)
     return next(process for process in processes if process.name().startswith("VLLM::Worker"))
+
+
+def test_a_stop_while_the_server_starts_is_not_swallowed(model: Path, policy: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        server = psutil.Popen(_command(model, policy), stdout=output, stderr=output, env=os.environ | ENV)
+    while "EngineCore" not in log.read_text():
+        assert server.poll() is None
+        time.sleep(0.1)
+    started = server.children(recursive=True)
+    server.terminate()
+    assert server.wait(START_GRACE + 10) == 0
+    assert not psutil.wait_procs(started, timeout=10)[1]
 
 
 def test_a_policy_file_that_breaks_stops_the_next_start_only(
