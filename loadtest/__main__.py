@@ -37,7 +37,7 @@ def run(
 ) -> None:
     """Compare policies under load. Options that are not listed go to `vllm serve`.
 
-    Writes results.json and report.html; exit code 1 where a request failed or answers were wrong.
+    Writes results.json and report.html; exit code 1 where a policy or a request failed or answers were wrong.
     """
     from loadtest.judge import judge, read_eval
     from loadtest.report import render

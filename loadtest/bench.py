@@ -60,7 +60,7 @@ def arguments(
     words += ["--seed", str(scenario.seed), *load.flags, "--goodput", *goodput]
     words += ["--percentile-metrics", "ttft,tpot,itl,e2el", "--metric-percentiles", "50,95,99", "--disable-tqdm"]
     words += ["--save-result", "--save-detailed", "--result-dir", str(result.parent), "--result-filename", result.name]
-    return [*words, "--ignore-eos"] if scenario.answers == "none" else words
+    return [*words, "--ignore-eos"] if scenario.answers == "control" else words
 
 
 def command_line(words: Sequence[str]) -> str:

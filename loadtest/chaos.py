@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from http import HTTPStatus
 from pathlib import Path
 
+import httpx
+
 from loadtest.checks import Check
 from loadtest.metrics import scrape
 from loadtest.prompts import Prompt, Writer, document, source
@@ -55,10 +57,15 @@ def aborted_clients(server: Server, long: Prompt, short: Prompt) -> Iterator[Che
 
 
 def queue_overflow(server: Server, long: Prompt, short: Prompt) -> Iterator[Check]:
-    """More at once than the queue takes."""
+    """More at once than the queue takes, every second one a stream."""
     body = {"model": server.model, "prompt": long.text, "max_tokens": LONG_ANSWER, "temperature": 0}
-    with server.client(PATIENCE) as client, ThreadPoolExecutor(CLIENTS) as threads:
-        answers = [*threads.map(lambda _: client.post("/v1/completions", json=body), range(CLIENTS))]
+
+    def ask(number: int) -> httpx.Response:
+        with server.client(PATIENCE) as client:
+            return client.post("/v1/completions", json=body | {"stream": number % 2 == 1})
+
+    with ThreadPoolExecutor(CLIENTS) as threads:
+        answers = [*threads.map(ask, range(CLIENTS))]
     statuses = Counter(answer.status_code for answer in answers)
     counts = ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items()))
     expected = {HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE}
@@ -66,7 +73,7 @@ def queue_overflow(server: Server, long: Prompt, short: Prompt) -> Iterator[Chec
     told = sum("retry-after" in answer.headers for answer in answers)
     refused = statuses[HTTPStatus.SERVICE_UNAVAILABLE]
     yield Check("the refused: Retry-After", f"{refused}", f"{told}", told == refused)
-    good = sum(f"{long.answer}" in answer.text for answer in answers)
+    good = sum(f"{long.answer}" in _text(answer) for answer in answers)
     yield Check("the others: right answers", f"{statuses[HTTPStatus.OK]}", f"{good}", good == statuses[HTTPStatus.OK])
     yield _answers("afterwards: a question", server, short)
 
@@ -142,6 +149,12 @@ def _answers(of: str, server: Server, asked: Prompt) -> Check:
     """A short question, which every policy answers as dense attention does."""
     stream = complete(server, asked.text, 16)
     return Check(of, f"{asked.answer}", stream.text or stream.error[:200], f"{asked.answer}" in stream.text)
+
+
+def _text(answer: httpx.Response) -> str:
+    """Of a plain answer or of a stream, which has it in pieces."""
+    streamed = "event-stream" in answer.headers.get("content-type", "")
+    return Stream(answer).rest().text if streamed else answer.text
 
 
 def _state(sample: dict[str, float]) -> str:

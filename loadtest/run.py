@@ -12,7 +12,7 @@ from loadtest.bench import BenchClient, BenchResult, arguments, bench_client, co
 from loadtest.metrics import Sample, read_samples, sampled
 from loadtest.prompts import Prompt, Tokens, prompts, write_dataset
 from loadtest.results import Role
-from loadtest.scenario import Load, Scenario
+from loadtest.scenario import Load, LoadTestError, Scenario
 from loadtest.server import Server, check, running_at, serving
 from loadtest.setting import Setting
 
@@ -43,6 +43,7 @@ class Request:
 class Run:
     """One run of one load."""
 
+    name: str  # the same for every setting
     load: Load
     made: list[Prompt]
     result: BenchResult
@@ -59,6 +60,7 @@ class Served:
     role: Role
     serve: str = ""  # the command that started its server
     runs: list[Run] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)  # that ended its runs
 
     @property
     def name(self) -> str:
@@ -78,21 +80,40 @@ def order(request: Request) -> list[Served]:
 
 
 def measure(request: Request, say: Callable[[str], None]) -> list[Served]:
-    """Everything, in order; raises LoadTestError where a server or the client does not work."""
+    """Everything, in order; a policy that fails says so, a control that does ends it with LoadTestError."""
+    if request.url and request.scenario.answers == "control":
+        raise LoadTestError(
+            "answers: control is refused with --url, where every setting gets prompts of its own and no answer can be "
+            "compared. Expected: a scenario with answers: needle, or no --url."
+        )
     request.folder.mkdir(parents=True, exist_ok=True)
     for setting in [] if request.url else [request.control, *request.policies]:
-        check(setting, request.model)
-    plan, tokens = order(request), None
-    with bench_client(request.folder / "bench.log") as client:
-        for number, served in enumerate(plan):
-            say(f"{number + 1} of {len(plan)}: {served.name}")
-            place = request.folder / f"{number}-{served.setting.policy}"
-            place.mkdir(exist_ok=True)
-            with request.serve(served.setting, place / "server.log") as server:
-                served.serve = server.command
-                tokens = tokens or server.tokens(request.scenario.text)
-                served.runs.extend(_runs(request, server, client, tokens, place, say))
+        check(setting, request.model, request.flags)
+    plan = order(request)
+    for number, served in enumerate(plan):
+        say(f"{number + 1} of {len(plan)}: {served.name}")
+        place = request.folder / f"{number}-{served.setting.policy}"
+        place.mkdir(exist_ok=True)
+        try:
+            _measure(request, served, place, say)
+        except LoadTestError as error:
+            if served.role != "policy":
+                raise
+            say(f"  failed: {error}")
+            served.failures.append(f"not measured to its end: {error}")
     return plan
+
+
+def _measure(request: Request, served: Served, place: Path, say: Callable[[str], None]) -> None:
+    """One setting. Its client is its own: one that broke is not the next one's."""
+    with (
+        bench_client(place / "bench.log") as client,  # first, to import while the server starts
+        request.serve(served.setting, place / "server.log") as server,
+    ):
+        served.serve = server.command
+        tokens = server.tokens(request.scenario.text)
+        for run in _runs(request, server, client, tokens, place, say):
+            served.runs.append(run)
 
 
 def _runs(
@@ -130,7 +151,7 @@ class _Runner:
         with sampled(self.server, samples):
             self.client.run(words)
         relative = str(file.relative_to(self.request.folder))
-        return Run(load, made, read_result(file), read_samples(samples), relative, command_line(words))
+        return Run(name, load, made, read_result(file), read_samples(samples), relative, command_line(words))
 
     def _seed(self, name: str) -> str:
         """One server for all policies has one prefix cache: there every setting gets prompts of its own."""

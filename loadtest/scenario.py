@@ -96,9 +96,10 @@ class Scenario(_Part):
     name: str = Field(pattern=r"^[a-z0-9-]+$")
     about: str
     prompts: Shape
-    answers: Literal["needle", "none"]
+    answers: Literal["needle", "control"]  # right is what holds the pass key, or begins as the control's answer
+    same_characters: Positive | None = None  # that an answer must share with the control's
     share_right: float = Field(0.95, gt=0, le=1)  # of the control's right answers: fewer are an error
-    output_tokens: Positive  # at most, with needles; exactly, without answers
+    output_tokens: Positive  # at most, with needles; exactly, against the control
     requests: Positive  # of every run
     loads: list[Load] = Field(min_length=1)
     slo: Objective
@@ -110,7 +111,9 @@ class Scenario(_Part):
     @model_validator(mode="after")
     def _answers_fit(self) -> Scenario:
         if self.answers == "needle" and self.prompts.kind == "reasoning":
-            raise ValueError("reasoning has no needles: answers is none")
+            raise ValueError("reasoning has no needles: answers is control")
+        if (self.answers == "control") == (self.same_characters is None):
+            raise ValueError("same_characters is given where answers is control, and only there")
         if len({load.name for load in self.loads}) < len(self.loads):
             raise ValueError("every load is given once")
         return self

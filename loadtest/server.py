@@ -21,7 +21,8 @@ from loadtest.prompts import Tokens, source
 from loadtest.scenario import LoadTestError
 from loadtest.setting import PLUGIN_FREE, Setting
 
-START, STOP = 300.0, 60.0  # seconds
+START, STOP = 3600.0, 60.0  # seconds; large models load and compile for long
+WORKERS = ("VLLM::Worker", "VLLM::EngineCore")  # process titles; on one GPU the engine core works itself
 SERVED_NAME = "loadtest"
 
 
@@ -52,8 +53,11 @@ class Server:
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The JSON answer of a POST; LoadTestError for any other."""
-        with self.client() as client:
-            answer = client.post(path, json={"model": self.model} | body)
+        try:
+            with self.client() as client:
+                answer = client.post(path, json={"model": self.model} | body)
+        except httpx.HTTPError as error:
+            raise LoadTestError(f"{self.url}{path} does not answer: {error}") from None
         if answer.is_error:
             raise LoadTestError(f"{self.url}{path} answers {answer.status_code}: {answer.text[:500]}")
         return answer.json()
@@ -73,10 +77,11 @@ class Server:
         return [parent, *parent.children(recursive=True)]
 
     def worker(self) -> psutil.Process:
-        """vLLM's worker."""
-        for process in self.processes():
-            with suppress(psutil.Error):
-                if "Worker" in " ".join(process.cmdline()):
+        """The process that runs the model."""
+        titles = {process: _title(process) for process in self.processes()}
+        for wanted in WORKERS:
+            for process, title in titles.items():
+                if title.startswith(wanted):
                     return process
         raise LoadTestError(f"{self.url} has no worker process")
 
@@ -100,16 +105,14 @@ def command(setting: Setting, model: str, flags: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "sparseserve", "serve", model, *_policy_flags(setting), *flags]
 
 
-def check(setting: Setting, model: str) -> None:
+def check(setting: Setting, model: str, flags: Sequence[str]) -> None:
     """Ask `sparseserve explain`, before hours of work; LoadTestError with its message where it refuses a setting."""
     if setting.policy == PLUGIN_FREE:
         return
-    words = [sys.executable, "-m", "sparseserve", "explain", model, *_policy_flags(setting)]
+    words = [sys.executable, "-m", "sparseserve", "explain", model, *_policy_flags(setting), *flags]
     answer = subprocess.run(words, capture_output=True, text=True)
     if answer.returncode:
-        lines = answer.stderr.splitlines()
-        said = next((line for line in lines if line.startswith("sparseserve:")), answer.stderr[-2000:])
-        raise LoadTestError(f"{setting}: {said}")
+        raise LoadTestError(f"{setting}: {_reason(answer.stderr)}")
 
 
 @contextmanager
@@ -173,7 +176,20 @@ def _wait_until_healthy(server: Server) -> None:
             return
         time.sleep(0.5)
     text = server.log.read_text(errors="replace") if server.log else ""
-    raise LoadTestError(f"the server did not start; the end of {server.log}:\n{text[-3000:]}")
+    raise LoadTestError(f"the server did not start: {_reason(text)}\nIts log: {server.log}")
+
+
+def _reason(output: str) -> str:
+    """What sparseserve says at its end, or else the last that was said at all."""
+    said = [line for line in output.splitlines() if line.startswith("sparseserve:")]
+    return said[0] if said else output[-2000:].strip()
+
+
+def _title(process: psutil.Process) -> str:
+    """Its command line, which vLLM's processes replace with their titles; empty where it has ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def _free_port() -> int:

@@ -63,6 +63,20 @@ def estimate(runs: Sequence[float]) -> Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class Accuracy:
+    """A share of right answers, 0 to 1, with its 95 % interval where one is known."""
+
+    value: float
+    interval: tuple[float, float] | None
+
+
+def accuracy(right: int, sent: int) -> Accuracy:
+    """With Wilson's interval."""
+    found = stats.binomtest(right, sent).proportion_ci(method="wilson")
+    return Accuracy(right / sent, (float(found.low), float(found.high)))
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """A metric of a policy against the control's at the same load."""
 
@@ -85,10 +99,10 @@ def compare(
 ) -> Comparison:
     """Faster or slower only outside of what the control shows against itself."""
     noise = band(control, again)
-    if noise is None or not policy or min(policy) <= 0:
+    if noise is None or not policy or (metric in LATENCIES and median(policy) <= 0):
         return Comparison(metric, load, None, noise, "not measured")
     ratio = median(policy) / median([*control, *again])
-    better = 1 / ratio if metric in LATENCIES else ratio
+    better = 1 / ratio if metric in LATENCIES else ratio  # a rate of 0 is the slowest
     outcome: Outcome = "faster" if better > noise else "slower" if better < 1 / noise else "no difference"
     return Comparison(metric, load, ratio, noise, outcome)
 

@@ -80,10 +80,16 @@ class FakeBench:
 
 
 class BrokenBench(FakeBench):
-    """Cannot run."""
+    """Cannot run against one of the models."""
+
+    def __init__(self, broken: str) -> None:
+        super().__init__({}, {})
+        self.broken = broken
 
     def run(self, words: Sequence[str]) -> None:
-        raise LoadTestError("vllm bench serve failed: no module named vllm")
+        if self.broken in words:
+            raise LoadTestError("vllm bench serve failed: no first answer")
+        super().run(words)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -70,7 +70,7 @@ def test_agents_grow_by_a_step() -> None:
 
 def test_reasoning_has_no_answer() -> None:
     shape = {"kind": "reasoning", "length": 300}
-    made = prompts(scenario(prompts=shape, answers="none"), "run", BYTES)
+    made = prompts(scenario(prompts=shape, answers="control", same_characters=8), "run", BYTES)
     assert [(len(one.text), one.answer) for one in made] == [(300, None)] * 4
 
 
@@ -102,6 +102,8 @@ def test_a_scenario_that_ships_can_be_read(name: str) -> None:
         ({"loads": [{"concurrency": 1, "request_rate": 2.0}]}, "one of concurrency and request_rate"),
         ({"loads": [{"concurrency": 1}, {"concurrency": 1}]}, "every load is given once"),
         ({"prompts": {"kind": "reasoning", "length": 9}}, "reasoning has no needles"),
+        ({"answers": "control"}, "same_characters is given where answers is control"),
+        ({"same_characters": 8}, "same_characters is given where answers is control"),
         ({"goodput": 3}, "goodput"),
     ],
 )

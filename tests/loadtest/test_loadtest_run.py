@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loadtest_fakes import BrokenBench, FakeBench, FakeServer, scenario
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 import loadtest.pictures
 import loadtest.run
 from loadtest.__main__ import app
+from loadtest.judge import judge
 from loadtest.prompts import Tokens
 from loadtest.run import Request, measure, order
 from loadtest.scenario import LoadTestError
-from loadtest.server import Server, command
+from loadtest.server import Server, command, serving
 from loadtest.setting import Setting, setting, settings
 from loadtest.traffic import complete
 
@@ -35,11 +40,11 @@ def server() -> Iterator[Server]:
 def load(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     """Runs the small scenario against the fake server; gives what the command line gives. Drawing takes a second."""
 
-    def run(bench: FakeBench, *flags: str, drawn: bool = False) -> Any:
+    def run(bench: FakeBench, *flags: str, drawn: bool = False, **changes: Any) -> Any:
         monkeypatch.setattr(loadtest.run, "bench_client", bench.client)
         if not drawn:
             monkeypatch.setattr(loadtest.pictures, "_svg", lambda figure: "<svg></svg>")
-        (tmp_path / "s.yaml").write_text(scenario().model_dump_json())
+        (tmp_path / "s.yaml").write_text(scenario(**changes).model_dump_json())
         words = ["run", str(tmp_path / "s.yaml"), "--model", "some/<model>", "--url", server.url, *flags]
         return CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
 
@@ -75,11 +80,13 @@ def test_a_policy_that_is_refused_is_so_before_any_server_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "a warning\nsparseserve: $3 $6 is refused" >&2\nexit 2\n')
+    python.write_text('#!/bin/sh\necho "a warning\nsparseserve: $* is refused" >&2\nexit 2\n')
     python.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(python))
-    asked = Request(scenario(), "m", Setting("vllm"), settings("tidl"), None, (), tmp_path / "out", "")
-    with pytest.raises(LoadTestError, match="tidl: sparseserve: explain tidl is refused$"):
+    flags = ("--block-size", "64")
+    asked = Request(scenario(), "m", Setting("vllm"), settings("tidl"), None, flags, tmp_path / "out", "")
+    told = "tidl: sparseserve: -m sparseserve explain m --policy tidl --block-size 64 is refused$"
+    with pytest.raises(LoadTestError, match=told):
         measure(asked, print)
     assert not [*(tmp_path / "out").iterdir()]
 
@@ -124,9 +131,9 @@ def test_servers_of_their_own_are_sent_the_same(tmp_path: Path, server: Server) 
 @pytest.mark.parametrize(
     "answer, told",
     [
-        (lambda _: "NOTHING.", "answered 0 of 24 right"),
-        (lambda _: None, "24 of 24 requests failed"),
-        (lambda _: "", "24"),
+        (lambda _: "NOTHING.", "too few answers right, against the control: 0 of 12 at c1"),
+        (lambda _: None, "requests failed, or came back empty or short: 12 of 12 at c1"),
+        (lambda _: "", "came back empty or short: 12 of 12 at c1, 12 of 12 at c2"),
     ],
     ids=["wrong", "error", "empty"],
 )
@@ -143,9 +150,91 @@ def test_a_control_that_knows_nothing_is_flagged(load: Load) -> None:
     assert result.exit_code == 1 and "with this model answers tell nothing" in result.output
 
 
-def test_a_client_that_cannot_run_is_an_error(load: Load) -> None:
-    result = load(BrokenBench({}, {}), "--policies", "quick")
+def test_a_policy_that_cannot_be_measured_is_flagged_and_the_others_are_measured(load: Load, tmp_path: Path) -> None:
+    result = load(BrokenBench("fake@broken"), "--policies", "broken,quick")
+    assert result.exit_code == 1
+    assert "flagged: broken: not measured to its end: vllm bench serve failed" in result.output
+    assert "flagged: quick" not in result.output
+    found = {one["name"]: one for one in json.loads((tmp_path / "out" / "results.json").read_text())["settings"]}
+    assert [cell["sent"] for cell in found["quick"]["cells"]] == [12, 12]
+    assert [cell["sent"] for cell in found["broken"]["cells"]] == [0, 0]
+    assert "no first answer" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_control_that_cannot_be_measured_ends_the_test(load: Load) -> None:
+    result = load(BrokenBench("fake@dense"), "--policies", "quick")
     assert isinstance(result.exception, LoadTestError)
+
+
+def test_a_server_that_ends_while_it_starts_is_told_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "INFO\nsparseserve: no room for the KV cache\nINFO"\nexit 2\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    told = "did not start: sparseserve: no room for the KV cache\nIts log: .*log"
+    with pytest.raises(LoadTestError, match=told), serving(Setting("quest"), "m", [], tmp_path / "log"):
+        pass
+
+
+class _Process:
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    def cmdline(self) -> list[str]:
+        return [self.title]
+
+
+@pytest.mark.parametrize("titles", [["VLLM::EngineCore", "VLLM::Worker_TP0"], ["VLLM::EngineCore"]])
+def test_on_one_gpu_the_engine_core_is_the_worker(titles: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = [_Process(title) for title in ["python serve /models/Worker", *titles]]
+    monkeypatch.setattr(Server, "processes", lambda _: processes)
+    assert Server("", "", "").worker() is processes[-1]
+
+
+@pytest.fixture
+def served(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], list[Any]]:
+    """Measures long answers of `fake@dense`, its second server `fake@dense 1` and `fake@quest 2`; gives the judgement
+    of each."""
+
+    def run(answer: dict[str, Any]) -> list[Any]:
+        started = count()
+
+        @contextmanager
+        def serving(setting: Setting, *_: Any) -> Iterator[Server]:
+            yield Server(server.url, f"fake@{setting} {next(started)}", "")
+
+        monkeypatch.setattr(loadtest.run, "check", lambda *_: None)
+        monkeypatch.setattr(loadtest.run, "serving", serving)
+        monkeypatch.setattr(loadtest.run, "bench_client", FakeBench(answer, {}).client)
+        long = scenario(
+            prompts={"kind": "reasoning", "length": 40}, answers="control", same_characters=8, output_tokens=16
+        )
+        asked = Request(long, "m", Setting("dense"), settings("quest"), None, (), tmp_path, "")
+        return judge(asked, measure(asked, lambda _: None), None).settings
+
+    return run
+
+
+def test_long_answers_begin_as_the_controls(served: Callable[..., list[Any]]) -> None:
+    def after(characters: int) -> Any:
+        return lambda prompt: prompt[:characters] + "!" * (16 - characters)
+
+    same = {"fake@dense 0": after(16), "fake@dense 1": after(12)}
+    control, again, quest = served(same | {"fake@quest 2": after(9)})
+    assert control.problems == again.problems == quest.problems == []
+    assert control.accuracy is None and again.accuracy.value == quest.accuracy.value == 1
+    *_, garbage = served(same | {"fake@quest 2": after(0)})
+    assert "too few answers like the control's, against the control: 0 of 12 at c1" in garbage.problems[0]
+    found = served({"fake@dense 0": after(16), "fake@dense 1": after(2), "fake@quest 2": after(16)})
+    assert all("answers tell nothing" in one.problems[0] for one in found)
+
+
+def test_long_answers_cannot_be_compared_where_prompts_differ(load: Load, tmp_path: Path) -> None:
+    long = {"prompts": {"kind": "reasoning", "length": 40}, "answers": "control", "same_characters": 8}
+    result = load(FakeBench({}, {}), "--policies", "quick", **long)
+    assert isinstance(result.exception, LoadTestError) and "refused with --url" in str(result.exception)
 
 
 class _Page(HTMLParser):
@@ -177,13 +266,26 @@ def test_the_report_is_one_file_with_a_command_for_every_number(load: Load, tmp_
         assert word in page.said
 
 
+def test_pictures_have_intervals(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = list[Figure]()
+    monkeypatch.setattr(loadtest.pictures, "_svg", lambda figure: drawn.append(figure) or "<svg></svg>")
+    load(FakeBench({"fake@none": lambda _: None}, {}), "--policies", "quick,none", drawn=True)
+    throughput, _, pareto, _ = drawn
+    assert len(throughput.axes) == 2
+    for axes in (*throughput.axes, *pareto.axes):
+        bars = [one for one in axes.containers if isinstance(one, ErrorbarContainer)]
+        assert len(bars) == 3 and all(one.has_xerr and one.has_yerr for one in bars)  # the fourth has no latency
+
+
 def test_accuracy_of_an_evaluation_is_joined(load: Load, tmp_path: Path) -> None:
     cells = [{"score": 0.5}, {"score": 1.0}]
     evaluated = {"settings": [{"policy": "quick", "values": {"unit_tokens": 32}, "cells": cells}]}
     (tmp_path / "eval.json").write_text(json.dumps(evaluated))
     load(FakeBench({}, {}), "--policies", "quick:unit_tokens=32", "--eval", str(tmp_path / "eval.json"))
     found = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
-    assert [one["accuracy"] for one in found] == [1.0, 1.0, 0.75]
+    assert [one["accuracy"] for one in found] == [None, None, {"value": 0.75, "interval": None}]
+    page = _Page((tmp_path / "out" / "report.html").read_text()).said
+    assert "quick:unit_tokens=32: 75.0 %" in page and "left out of the picture: dense; dense, again." in page
     (tmp_path / "eval.json").write_text("[]")
     result = load(FakeBench({}, {}), "--policies", "quick", "--eval", str(tmp_path / "eval.json"))
     assert isinstance(result.exception, LoadTestError)

@@ -13,7 +13,7 @@ from loadtest.bench import BenchResult, read_result
 from loadtest.metrics import Observed, observe, read
 from loadtest.prompts import Prompt
 from loadtest.scenario import LoadTestError
-from loadtest.statistics import LATENCIES, RATES, band, compare, estimate, numbers, verdict
+from loadtest.statistics import LATENCIES, RATES, Accuracy, accuracy, band, compare, estimate, numbers, verdict
 
 RECORDED = Path(__file__).parent / "recorded.json"  # of vllm bench serve 0.32 against the built demo model
 
@@ -77,6 +77,18 @@ def test_a_control_without_numbers_compares_with_nothing() -> None:
     assert compare("goodput", "c1", [1.0], [0.0], [1.0]).outcome == "not measured"
 
 
+def test_a_rate_that_falls_to_nothing_is_slower() -> None:
+    found = compare("goodput", "c1", [0.0, 0.0], [1.0, 1.1], [1.0, 1.0])
+    assert (found.outcome, found.ratio) == ("slower", 0)
+    assert compare("goodput", "c1", [0.0, 1.0, 1.0], [1.0, 1.1], [1.0, 1.0]).outcome == "no difference"
+    assert compare("tpot_p50", "c1", [0.0, 0.0], [1.0, 1.1], [1.0, 1.0]).outcome == "not measured"
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    assert accuracy(18, 20) == Accuracy(0.9, (pytest.approx(0.6990, abs=1e-4), pytest.approx(0.9721, abs=1e-4)))
+    assert accuracy(20, 20).interval == (pytest.approx(0.8389, abs=1e-4), 1.0)
+
+
 def test_the_verdict_over_loads() -> None:
     def of(*policies: float) -> str:
         return verdict([compare("tpot_p50", "c1", [one], [10.0], [11.0]) for one in policies])
@@ -91,24 +103,42 @@ def test_the_verdict_over_loads() -> None:
 def test_right_answers_and_whole_completions(recorded: BenchResult) -> None:
     first = recorded.generated_texts[0].rstrip(".")
     made = [Prompt("", first), Prompt("", "ANOTHER1"), Prompt("", "NEVERSENT")]
-    assert check(scenario(), made, recorded) == Checked(sent=3, whole=2, right=1, first_error="")
-    long = scenario(answers="none", prompts={"kind": "reasoning", "length": 9}, output_tokens=10)
-    assert check(long, made[:2], recorded) == Checked(2, 2, None, "")
-    longer = long.model_copy(update={"output_tokens": 11})
-    assert check(longer, made[:2], recorded).whole == 0
+    assert check(scenario(), made, recorded, None) == Checked(sent=3, whole=2, right=1, first_error="")
+
+
+def test_answers_that_begin_as_the_controls(recorded: BenchResult) -> None:
+    made = [Prompt("", None)] * 2
+    long = scenario(answers="control", same_characters=5, prompts={"kind": "reasoning", "length": 9}, output_tokens=10)
+    assert check(long, made, recorded, None) == Checked(2, 2, None, "")
+    assert check(long.model_copy(update={"output_tokens": 11}), made, recorded, None).whole == 0
+
+    def right(first: str, **changes: list[str]) -> int | None:
+        other = recorded.model_copy(update={"generated_texts": [first, recorded.generated_texts[1]], **changes})
+        return check(long, made, other, recorded).right
+
+    assert right("AUWKV and on") == 2
+    assert right("AUWK") == right("garbage") == 1
+    assert right("AUWKV69D.", errors=["gone", "gone"]) == 0
 
 
 def test_what_is_flagged() -> None:
     control = Checked(20, 20, 20, "")
 
-    def found(sent: int, whole: int, right: int, error: str = "", against: Checked = control) -> str:
-        return "; ".join(problems(scenario(share_right=0.9), Checked(sent, whole, right, error), against))
+    def found(one: Checked, against: Checked = control, good: Checked = control) -> str:
+        return "; ".join(problems(scenario(share_right=0.9), {"c1": good, "c8": one}, {"c1": control, "c8": against}))
 
-    assert found(20, 20, 18) == ""
-    assert "17 of 20 right (85%); expected at least 90%" in found(20, 20, 17)
-    assert "1 of 20 requests failed, or came back empty or short: gone" in found(20, 19, 19, "gone")
-    assert found(20, 20, 9, against=Checked(20, 20, 10, "")) == ""
-    assert "the control answered 9 of 20" in found(20, 20, 20, against=Checked(20, 20, 9, ""))
+    assert found(Checked(20, 20, 18)) == ""
+    assert found(Checked(20, 20, 17)).endswith(": 17 of 20 at c8 (85.0%; expected at least 90.0%)")
+    assert "empty or short: 1 of 20 at c8; the first error: gone" in found(Checked(20, 19, 19, "gone"))
+    assert found(Checked(20, 20, 9), against=Checked(20, 20, 10)) == ""
+    assert "the control answered 9 of 20 at c8" in found(Checked(20, 20, 20), against=Checked(20, 20, 9))
+
+
+def test_wrong_answers_at_one_load_are_not_made_up_for_at_others() -> None:
+    good, wrong = Checked(100, 100, 100), Checked(10, 10, 1)
+    (told,) = problems(scenario(), {"c1": good, "c8": wrong, "c16": wrong}, dict.fromkeys(("c1", "c8", "c16"), good))
+    assert "1 of 10 at c8" in told and "1 of 10 at c16" in told and "c1 " not in told
+    assert problems(scenario(), {"c1": good, "c8": Checked()}, {"c1": good, "c8": good}) == []  # one that broke off
 
 
 def test_what_the_server_said_of_itself() -> None:
