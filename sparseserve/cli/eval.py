@@ -6,19 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from sparseserve.cli.numbers import shares, whole_numbers
 from sparseserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from sparseserve.evaluation.results import AtLength, Results, SettingResult
-
-N = TypeVar("N", int, float)
 
 
 def evaluate(
@@ -51,10 +50,10 @@ def evaluate(
         raise ConfigError("MODEL", model, "the model, before any option", remedy="write sparseserve eval MODEL ...")
     request = Request(
         model=model,
-        settings=settings(policies, numbers("--budgets", budgets, int)),
-        lengths=numbers("--lengths", lengths, int),
+        settings=settings(policies, whole_numbers("--budgets", budgets) if budgets else []),
+        lengths=tuple(whole_numbers("--lengths", lengths)),
         tasks=tuple(tasks.split(",")) if tasks else tuple(TASKS),
-        depths=numbers("--depths", depths, float),
+        depths=tuple(shares("--depths", depths)),
         samples=samples,
         text=None if text is None else str(text),
         recall=recall,
@@ -116,11 +115,3 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("")
         yield lambda done, total, piece: bar.update(task, completed=done, total=total, description=piece)
-
-
-def numbers(flag: str, text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
-    """The numbers of a flag such as --lengths 2048,8192; ConfigError for anything else."""
-    try:
-        return tuple(kind(part) for part in text.split(",")) if text else ()
-    except ValueError:
-        raise ConfigError(flag, text, "numbers, for example 1024,4096", remedy="separate them by commas") from None

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from sparseserve.errors import ConfigError
+from sparseserve.cli.numbers import whole_numbers
 
 if TYPE_CHECKING:
     from sparseserve.memory import Memory
@@ -34,18 +34,12 @@ def explain(
     from sparseserve.config import find_policy
     from sparseserve.server.explain import explain  # imports vllm
 
-    explained = describe(explain(find_policy(policy, pairs or [], os.environ), ctx.args, _lengths(lengths)))
+    tokens = whole_numbers("--lengths", lengths) if lengths else []
+    explained = describe(explain(find_policy(policy, pairs or [], os.environ), ctx.args, tokens))
     if as_json:
         print(json.dumps(explained, indent=2))
     else:
         _print(explained)
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")] if text else []
-    except ValueError:
-        raise ConfigError("--lengths", text, "tokens, for example 4096,32768", remedy="give whole numbers") from None
 
 
 def describe(explained: Explanation) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from sparseserve.cli.extras import need
+from sparseserve.cli.numbers import shares, whole_numbers
 from sparseserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,21 +53,21 @@ def tune(
     """
     need("calibrate", "scipy", "matplotlib", "jinja2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout
-    from sparseserve.cli.eval import numbers, progress_bar
+    from sparseserve.cli.eval import progress_bar
     from sparseserve.evaluation.request import Request, settings
     from sparseserve.evaluation.tasks import TASKS
     from sparseserve.tuning.report import write_report
     from sparseserve.tuning.run import Asked, tune, write_policy
     from sparseserve.tuning.search import with_budgets
 
-    tokens = numbers("--lengths", lengths, int)
-    candidates = settings(policies, numbers("--budgets", budgets, int))
+    tokens = tuple(whole_numbers("--lengths", lengths))
+    candidates = settings(policies, whole_numbers("--budgets", budgets) if budgets else [])
     request = Request(
         model=model,
         settings=candidates if budgets else with_budgets(candidates, tokens),
         lengths=tokens,
         tasks=tuple(tasks.split(",")) if tasks else tuple(TASKS),
-        depths=numbers("--depths", depths, float),
+        depths=tuple(shares("--depths", depths)),
         samples=samples,
         text=None if text is None else str(text),
         seed=seed,

@@ -37,7 +37,7 @@ class Answer:
 
     right: bool
     first_token: float  # seconds
-    per_token: float  # seconds, after the first
+    per_token: float | None  # seconds, after the first; None where there is one only
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,8 @@ def _ask(client: OpenAI, question: Question) -> Answer:
         if piece := chunk.choices[0].delta.content:
             times.append(time.perf_counter())
             text += piece
-    return Answer(text == question.answer, times[0] - start, (times[-1] - times[0]) / max(1, len(times) - 1))
+    per_token = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+    return Answer(text == question.answer, times[0] - start, per_token)
 
 
 def _share(server: Server) -> float:
@@ -105,12 +106,13 @@ def _table(results: dict[str, Result]) -> Table:
         table.add_column(title, justify="right")
     table.columns[0].no_wrap = True
     for policy, result in results.items():
+        per_token = [answer.per_token for answer in result.answers if answer.per_token is not None]
         table.add_row(
             policy,
             f"{result.right} of {len(result.answers)}",
             *("found" if answer.right else "lost" for answer in result.answers),
             f"{median(answer.first_token for answer in result.answers):.2f}",
-            f"{1000 * median(answer.per_token for answer in result.answers):.1f}",
+            f"{1000 * median(per_token):.1f}" if per_token else "-",
             f"{result.share:.1%}",
         )
     return table

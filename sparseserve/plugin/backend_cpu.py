@@ -84,7 +84,7 @@ class SparseCPUBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
         self._buffers = StepBuffers(policy, plans, heads, config.scheduler_config.max_num_seqs, model.max_len)
         mine = [plans[extract_layer_index(name)] for name in layers]
         self._recall = Recall(policy, mine)
-        self._meter = Meter(policy, mine, self._recall)
+        self._meter = Meter(policy, mine, self._recall, config.parallel_config.rank)
         if groups := bind_layers(config, self.kv_cache_spec, layers, mine, policy, model, self._meter):
             self.reorder_batch_threshold = 1
             self._grouped = GroupedSteps(groups, policy, self._buffers, self._of_heads)

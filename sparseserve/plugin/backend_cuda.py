@@ -139,7 +139,7 @@ class SparseCUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
         mine = [plans[extract_layer_index(name)] for name in layers]
         runner = "V2" if config.use_v2_model_runner else "V1"
         self._recall = CudaRecall(policy, mine, self._buffers.measurement)
-        self._meter = CudaMeter(policy, mine, len(plans), self.device, runner)
+        self._meter = CudaMeter(policy, mine, len(plans), self.device, runner, config.parallel_config.rank)
         scratch = memory.scratch
         if groups := bind_layers(config, self.kv_cache_spec, layers, mine, policy, model, self._meter, scratch):
             self._grouped = GroupedSteps(groups, policy, self._buffers, self._of_prompts)

@@ -64,17 +64,20 @@ RECALL_FLOOR = Gauge(
 )
 UNDER_FLOOR = Counter(
     "sparseserve_under_floor",
-    "Requests whose sampled recall stayed under the floor, once each, by what was done.",
+    "Requests whose sampled recall stayed under the floor, by what was done; once each on every rank, which judges its "
+    "own heads.",
     ["policy", "action"],
     registry=WORKER,
 )
 BUDGET_WIDENED = Counter(
-    "sparseserve_budget_widened", "Times that a request's budget was doubled to raise its recall.", ["policy"],
+    "sparseserve_budget_widened",
+    "Times that a request's budget was doubled to raise its recall, on every rank.",
+    ["policy"],
     registry=WORKER,
-)  # fmt: skip
+)
 DENSE_FALLBACK = Counter(
     "sparseserve_dense_fallback",
-    "Requests that the guard made dense: because of their recall, or at the largest budget.",
+    "Requests that the guard made dense: because of their recall, or at the largest budget; on every rank.",
     ["policy", "reason"],
     registry=WORKER,
 )

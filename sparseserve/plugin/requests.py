@@ -94,14 +94,15 @@ class Requests:
             return RequestOptions()
 
     def rows(self, common: CommonAttentionMetadata) -> list[Request | None]:
-        """The requests of a batch's rows, in their order; None for padding and for vLLM's own dummy rows."""
+        """The requests of a batch's rows, in their order; None for padding and for rows that nobody asked for."""
         names = self._names(common)
         found = [self._running.get(name) for name in names[: common.num_reqs]]
         return found + [None] * (common.num_reqs - len(found))
 
     def _names(self, common: CommonAttentionMetadata) -> list[str]:
-        if common.req_idx is None:  # runner V1
-            return self._runner.input_batch.req_ids
+        if common.req_idx is None:
+            batch = getattr(self._runner, "input_batch", None)  # of runner V1; V2 names its rows by req_idx
+            return [] if batch is None else batch.req_ids
         names: dict[int, str] = self._runner.req_states.index_to_req_id
         return [names.get(int(index), "") for index in common.req_idx]
 

@@ -23,8 +23,9 @@ DENSE_REASONS = ("short", "prefill", "request", "guard")
 class Meter:
     """Counts one engine's steps on the CPU."""
 
-    def __init__(self, policy: Policy, plans: list[LayerPlan], recall: Recall | None = None) -> None:
+    def __init__(self, policy: Policy, plans: list[LayerPlan], recall: Recall | None = None, rank: int = 0) -> None:
         self._policy, self._recall = policy.name, recall
+        self._counts_rows = rank == 0  # all ranks of an engine see the same rows
         self._layers = {role: [plan for plan in plans if plan.role is role] for role in Role}
         metrics.INFO.labels(**self._labels(), policy=policy.name, version=version("sparseserve")).set(1)
         for role in Role:
@@ -45,11 +46,12 @@ class Meter:
 
     def count_rows(self, split: RowSplit, asked: int = 0) -> None:
         """Count the rows of a step by the path they take, and what they hold; `asked` requests want dense attention."""
-        self._decode_rows.inc(split.sparse.shape[0])
-        self._dense_rows["short"].inc(split.short)
-        self._dense_rows["prefill"].inc(split.prefill)
-        self._dense_rows["request"].inc(asked)
-        self._dense_rows["guard"].inc(int(split.asked.sum()) - asked)
+        if self._counts_rows:
+            self._decode_rows.inc(split.sparse.shape[0])
+            self._dense_rows["short"].inc(split.short)
+            self._dense_rows["prefill"].inc(split.prefill)
+            self._dense_rows["request"].inc(asked)
+            self._dense_rows["guard"].inc(int(split.asked.sum()) - asked)
         held, freed = self._memory.hold(split.before, split.after)
         metrics.PAGES_FREED.inc(freed)
         for kind, size in zip(metrics.KV_KINDS, (held.full, held.window, held.summaries, held.dense), strict=True):
@@ -82,9 +84,11 @@ class CudaMeter(Meter):
     until the next one. Rows that attend to everything because they are short or in their prompt do not count.
     """
 
-    def __init__(self, policy: Policy, plans: list[LayerPlan], layers: int, device: torch.device, runner: str) -> None:
+    def __init__(
+        self, policy: Policy, plans: list[LayerPlan], layers: int, device: torch.device, runner: str, rank: int
+    ) -> None:
         self._device, self._runner = device, runner
-        super().__init__(policy, plans)
+        super().__init__(policy, plans, rank=rank)
         self._counted = torch.zeros(3, layers, dtype=torch.float64, device=device)
         self._arrived = torch.zeros(3, layers, dtype=torch.float64, pin_memory=device.type == "cuda")
         self._published = torch.zeros(3, layers, dtype=torch.float64)

@@ -12,7 +12,7 @@ from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.ops.library import kernels
 from sparseserve.plan import ModelShape
 from sparseserve.plugin import settings
-from sparseserve.policies import Policy
+from sparseserve.policies import Dense, Policy
 from sparseserve.types import HeadShape, LayerPlan, Role
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def check_supported(config: VllmConfig, policy: Policy) -> None:
     problems = list(_model(config.model_config)) or [
         *_heads(config),
         *_flags(config),
+        *_context(config.model_config, policy),
         *_cache(config, policy),
         *settings.group_problems(config, policy),
     ]
@@ -114,6 +115,13 @@ def _flags(config: VllmConfig) -> Iterator[Problem]:
     if envs.VLLM_USE_RUST_FRONTEND:
         allowed = "unset: the Rust front end loads no endpoint plugins, so our metrics would be missing"
         yield Problem("VLLM_USE_RUST_FRONTEND", 1, allowed, remedy="unset VLLM_USE_RUST_FRONTEND")
+
+
+def _context(model: ModelConfig, policy: Policy) -> Iterator[Problem]:
+    if not isinstance(policy, Dense) and model.max_model_len <= policy.dense_up_to:
+        allowed = f"more than {policy.dense_up_to}: up to there {policy.name} attends to everything"
+        remedy = "give longer contexts, or set min_tokens and the budget lower"
+        yield Problem("--max-model-len", model.max_model_len, allowed, remedy=remedy)
 
 
 def _cache(config: VllmConfig, policy: Policy) -> Iterator[Problem]:

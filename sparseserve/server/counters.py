@@ -10,7 +10,7 @@ from prometheus_client import Counter, Gauge
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sparseserve.server.asgi import is_inference
-from sparseserve.server.refusals import STREAMED_ERROR
+from sparseserve.server.refusals import STREAMED_ERRORS
 
 CHOICE = "sparseserve_choice"  # key of the scope
 CHOICES, OUTCOMES = ("default", "dense", "budget"), ("ok", "rejected", "aborted", "failed")
@@ -65,7 +65,7 @@ class Exchange:
         if message["type"] == "http.response.start":
             self._status = message["status"]
         elif not self._gone:
-            self._broken |= message.get("body", b"").startswith(STREAMED_ERROR)
+            self._broken |= message.get("body", b"").startswith(STREAMED_ERRORS)
             self._ended = not message.get("more_body", False)
         await self._send(message)
 

@@ -112,7 +112,10 @@ def prepare(source: PolicySource, argv: list[str]) -> Launch:
 
 
 def check_api_servers(args: argparse.Namespace) -> None:
-    """Raise UnsupportedError for one API server before several engines: it would show the first one alone."""
+    """Raise UnsupportedError for a server without our front, and for one API server before several engines."""
+    if args.grpc:
+        allowed = "off: the gRPC server knows no keys, no limits, no options of requests and no metrics of ours"
+        raise UnsupportedError(Problem("--grpc", True, allowed, remedy="drop --grpc"))
     if args.data_parallel_size > 1 and args.api_server_count == 1:
         allowed = f"2 or more with --data-parallel-size {args.data_parallel_size}: one shows the first engine's metrics"
         remedy = "drop it: vLLM starts an API server for every engine"

@@ -20,6 +20,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 
 from sparseserve.errors import SelfCheckError
 from sparseserve.plugin.settings import policy_of
+from sparseserve.server.asgi import path_of
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
@@ -40,14 +41,17 @@ class WorkerMetrics(Collector):
 
     def __init__(self) -> None:
         self._workers: list[Snapshot] = []
-        self._pending: asyncio.Task[list[Snapshot]] | None = None
+        self._pending: asyncio.Task[None] | None = None
 
     async def refresh(self, engine_client: EngineClient) -> None:
         """Ask the workers; keeps the last answer when the engine is too busy to give one in time."""
         if self._pending is None or self._pending.done():
-            self._pending = asyncio.ensure_future(engine_client.collective_rpc("sparseserve_stats"))
+            self._pending = asyncio.ensure_future(self._ask(engine_client))
         with suppress(TimeoutError):
-            self._workers = await asyncio.wait_for(asyncio.shield(self._pending), SCRAPE_TIMEOUT)
+            await asyncio.wait_for(asyncio.shield(self._pending), SCRAPE_TIMEOUT)
+
+    async def _ask(self, engine_client: EngineClient) -> None:
+        self._workers = await engine_client.collective_rpc("sparseserve_stats")  # also when no scrape waits for it
 
     def collect(self) -> Iterable[Metric]:
         families: dict[str, Metric] = {}
@@ -70,7 +74,7 @@ class ScrapeMiddleware:
         self._app, self._endpoint = app, endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].rstrip("/") == "/metrics":
+        if scope["type"] == "http" and path_of(scope).rstrip("/") == "/metrics":
             await self._endpoint.refresh()
         await self._app(scope, receive, send)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any
 from uuid import uuid4
@@ -13,9 +13,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.logger import init_logger
 
-from sparseserve.server.asgi import is_inference, set_header
+from sparseserve.server.asgi import is_inference, path_of, set_header
 
-TIMEOUT = 1.0  # seconds
+TIMEOUT = 10.0  # seconds; the workers answer between two steps
+OTHER_NAMES = {"/v1/responses", "/v1/chat/completions/batch"}  # vLLM does not name these by X-Request-Id
+NAMED = "sparseserve_named"  # key of the scope: the body has the request's name
 EVENT = b"data: "
 EVENT_END = b"\n\n"
 Ask = Callable[[str], Awaitable[list[dict[str, Any] | None]]]  # a request's id; one answer of each worker
@@ -23,16 +25,20 @@ log = init_logger(f"vllm.{__name__}")  # vLLM shows what its own loggers say
 
 
 class OutcomeMiddleware:
-    """Names every request, asks the workers about it by that name, and holds back only what carries the usage."""
+    """Names every request, asks the workers about it by that name, and holds back only what carries the usage.
+
+    A client's X-Request-Id stays a part of the name. One whose body names it keeps that name, and is told nothing.
+    """
 
     def __init__(self, app: ASGIApp, ask: Ask) -> None:
         self._app, self._ask = app, ask
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not is_inference(scope):
+        given = Headers(scope=scope).get("x-request-id", "")
+        if not is_inference(scope) or path_of(scope) in OTHER_NAMES or (scope.get(NAMED) and not given):
             return await self._app(scope, receive, send)
-        name = Headers(scope=scope).get("x-request-id") or uuid4().hex
-        set_header(scope, b"x-request-id", name.encode("latin-1"))
+        name = uuid4().hex  # clients may repeat theirs
+        set_header(scope, b"x-request-id", f"{given}-{name}".lstrip("-").encode("latin-1"))
         await self._app(scope, receive, Answer(name, self._ask, send).send)
 
 
@@ -88,13 +94,20 @@ class Answer:
             answers = await asyncio.wait_for(self._ask(self._name), TIMEOUT)
             known = [outcome for outcome in answers if outcome is not None]
             if known:
-                answer["usage"]["sparsity"] = min(known, key=_recall)
+                answer["usage"]["sparsity"] = merged(known)
                 text = json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
         except Exception:  # whatever went wrong, the answer is right as it is
             log.warning("no outcome for request %s", self._name, exc_info=True)
         return text
 
 
-def _recall(outcome: dict[str, Any]) -> float:
-    recall = outcome["recall"]
-    return 1.0 if recall is None else float(recall)
+def merged(outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of ranks, each of which guards its own heads: the least recall, and the most that any had to do."""
+    return {
+        "policy": outcomes[0]["policy"],
+        "dense": any(one["dense"] for one in outcomes),
+        "budget_tokens": max(one["budget_tokens"] for one in outcomes),
+        "recall": min((one["recall"] for one in outcomes if one["recall"] is not None), default=None),
+        "widened": max(one["widened"] for one in outcomes),
+        "reason": next((one["reason"] for one in outcomes if one["reason"]), ""),
+    }

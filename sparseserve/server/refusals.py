@@ -11,7 +11,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sparseserve.server.asgi import is_inference
 
-STREAMED_ERROR = b'data: {"error"'  # how vLLM tells of an error in a stream
+DATA = b'data: {"error"'
+STREAMED_ERRORS = (DATA, b"event: error", b"event: response.failed")  # how vLLM's routes tell of an error in a stream
 
 
 class RefusalMiddleware:
@@ -54,7 +55,7 @@ class _Stream:
 
 def refusal(body: bytes) -> JSONResponse | None:
     """The error that a stream begins with, as a response."""
-    if not body.startswith(STREAMED_ERROR):
+    if not body.startswith(DATA):
         return None
     try:
         answer = json.loads(body.partition(b"\n")[0].removeprefix(b"data: "))

@@ -22,6 +22,7 @@ from sparseserve.policies import Policy
 from sparseserve.server.asgi import INFERENCE, error, is_post, path_of, set_header
 from sparseserve.server.counters import choose
 from sparseserve.server.limits import replay
+from sparseserve.server.outcome import NAMED
 
 OURS = (POLICY, BUDGET)
 VLLMS = {"session_id", "kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"}  # keys that vLLM reads
@@ -65,6 +66,9 @@ class OptionReader:
             raise ConfigError(twice[0], given[twice[0]], f"none: {model} is a choice already", remedy=f"ask for {name}")
         self._check_keys(given, place)
         options = read_options({**given, **chosen}, self.policy)
+        if body.get("use_beam_search") and (options.dense or options.budget_tokens):
+            allowed = "false with a choice: vLLM's beam search decodes by prompts of its own, which lose it"
+            raise ConfigError("use_beam_search", True, allowed, remedy="drop one of them")
         return options, _put(body, place, chosen) | {"model": name} if chosen else body
 
     def check_adapter(self, adapter: str, names: Sequence[str]) -> None:
@@ -108,6 +112,7 @@ class OptionsMiddleware:
             except ConfigError as wrong:
                 refusal = error(scope, HTTPStatus.BAD_REQUEST, str(wrong), wrong.problem.key)
                 return await refusal(scope, receive, send)
+            scope[NAMED] = bool(body.get("request_id"))
             choose(scope, "dense" if options.dense else "budget" if options.budget_tokens else "default")
             if wanted is not body:
                 raw = json.dumps(wanted).encode()

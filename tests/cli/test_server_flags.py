@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from sparseserve import ops
 from sparseserve.cli import app, serve
 from sparseserve.config import find_policy
-from sparseserve.errors import ConfigError
+from sparseserve.errors import ConfigError, UnsupportedError
 from sparseserve.server import launch
 from sparseserve.server.launch import Launch, prepare
 
@@ -93,6 +93,17 @@ def test_a_cap_of_the_environment_is_checked_at_the_start(
     monkeypatch.setenv("SPARSESERVE_MAX_REQUEST_BYTES", "32M")
     with pytest.raises(ConfigError, match="SPARSESERVE_MAX_REQUEST_BYTES = 32M .*whole number"):
         start(models["llama"])
+
+
+def test_a_server_without_our_front_is_refused(models: dict[str, str]) -> None:
+    with pytest.raises(UnsupportedError, match="--grpc = True is refused.*no keys"):
+        start(models["llama"], "--grpc")
+
+
+def test_contexts_in_which_the_policy_never_acts_are_refused(models: dict[str, str]) -> None:
+    with pytest.raises(UnsupportedError, match="--max-model-len = 512 is refused.*more than 1024"):
+        start(models["llama"], "--max-model-len", "512")
+    assert start(models["llama"], "--max-model-len", "512", policy="dense", sets=()).summary
 
 
 @pytest.mark.parametrize("folder", ["missing", "file"])

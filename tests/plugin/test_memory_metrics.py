@@ -95,6 +95,17 @@ def test_shared_pages_hold_everything_and_free_nothing() -> None:
     assert (gone, gain) == (0, pytest.approx(32 / 33))
 
 
+def test_rows_are_counted_on_one_rank() -> None:
+    before = value("sparseserve_dense_rows_total", policy="quest", reason="short")
+    lengths = torch.tensor([1, 2], dtype=torch.int32)
+    rows = RowSplit(torch.empty(0), torch.empty(2), 2, torch.zeros(2).bool(), lengths - 1, lengths)
+    for rank in (0, 1):
+        meter = Meter(Quest(), [*Quest().plans(SHAPE)], rank=rank)
+        meter.set_memory(predict_memory(Quest(), Quest().plans(SHAPE), SHAPE, element_bytes=2), LONGEST)
+        meter.count_rows(rows)
+    assert value("sparseserve_dense_rows_total", policy="quest", reason="short") == before + 2
+
+
 class TwoWorkers:
     """An engine of which two ranks say the same."""
 

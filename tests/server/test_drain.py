@@ -169,12 +169,20 @@ def test_crashes_are_counted_as_failed(front: Any) -> None:
     assert changed(before) == {("default", "failed"): 1}
 
 
-def test_streams_that_end_with_an_error_are_counted_as_failed(front: Any) -> None:
+@pytest.mark.parametrize(
+    ("path", "failure"),
+    [
+        (PATH, 'data: {"error": {"code": 500}}\n\n'),
+        ("/v1/messages", 'event: error\ndata: {"type": "error"}\n\n'),
+        ("/v1/responses", "event: response.failed\ndata: {}\n\n"),
+    ],
+)
+def test_streams_that_end_with_an_error_are_counted_as_failed(front: Any, path: str, failure: str) -> None:
     def broken(request: Any) -> Response:
-        return StreamingResponse(iter(["data: {}\n\n", 'data: {"error": {"code": 500}}\n\n', "data: [DONE]\n\n"]))
+        return StreamingResponse(iter(["data: {}\n\n", failure, "data: [DONE]\n\n"]))
 
     server, before = front(answer=broken), counted()
-    assert server.post(PATH, {}).status_code == 200
+    assert server.post(path, {}).status_code == 200
     assert changed(before) == {("default", "failed"): 1}
 
 

@@ -84,6 +84,23 @@ def test_the_file_as_it_is_is_valid() -> None:
     assert check.returncode == 0, check.stderr
 
 
+def test_nginx_makes_folders_in_tmp_alone() -> None:
+    """Whoever compiled it: what this nginx would make elsewhere at start is somewhere else in a container."""
+    options = subprocess.run([str(NGINX), "-V"], capture_output=True, text=True).stderr
+    kinds = [kind.replace("-", "_") for kind in re.findall(r"--http-(\S+)-temp-path", options)]
+    set_here = dict(re.findall(r"(\w+)_temp_path (\S+);", CONFIG.read_text()))
+    assert len(kinds) == 5 and set(kinds) == set(set_here)
+    assert all(path.startswith("/tmp/") for path in set_here.values())
+
+
+@pytest.mark.vllm
+def test_nginx_closes_idle_connections_before_the_server_does() -> None:
+    from vllm import envs
+
+    (idle,) = re.findall(r"^\s+keepalive_timeout (\d+)s;", CONFIG.read_text(), re.MULTILINE)
+    assert int(idle) < envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [

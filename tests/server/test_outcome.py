@@ -23,11 +23,27 @@ def test_an_answer_tells_the_worst_worker(front: Any) -> None:
 
 def test_workers_are_asked_by_the_id_that_vllm_sees(front: Any) -> None:
     server = front(SAMPLING)
-    for headers in ({}, {}, {"X-Request-Id": "mine"}):
+    for headers in ({}, {}, {"X-Request-Id": "0"}, {"X-Request-Id": "0"}):
         server.post(PATH, {"model": "demo"}, headers=headers)
     seen = [request.headers["x-request-id"] for request in server.requests]
-    assert server.engine.asked == [("sparseserve_outcome", (name,)) for name in seen]
-    assert len(set(seen)) == 3 and seen[2] == "mine" and all(name.isalnum() for name in seen)
+    asked = [name for _, (name,) in server.engine.asked]
+    assert seen == [*asked[:2], *(f"0-{name}" for name in asked[2:])]
+    assert len(set(asked)) == 4 and all(len(name) == 32 and name.isalnum() for name in asked)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/responses", {}), ("/v1/chat/completions/batch", {}), (PATH, {"request_id": "mine"})]
+)
+def test_requests_that_are_named_otherwise_keep_their_names(front: Any, path: str, body: Any) -> None:
+    server = front(SAMPLING, engine=Engine([KNOWN]))
+    assert "sparsity" not in server.post(path, body).json()["usage"]
+    assert server.engine.asked == [] and "x-request-id" not in server.requests[0].headers
+
+
+def test_of_ranks_that_guard_their_own_heads_each_is_heard(front: Any) -> None:
+    one = KNOWN | {"recall": 0.95, "dense": True, "reason": "recall", "widened": 1}
+    answer = front(SAMPLING, engine=Engine([one, KNOWN])).post(PATH, {})
+    assert answer.json()["usage"]["sparsity"] == one | {"recall": 0.9}
 
 
 def test_of_a_stream_only_the_chunk_of_the_usage_changes(front: Any) -> None:

@@ -93,6 +93,7 @@ def test_batches_of_chats_hand_on_their_xargs() -> None:
         ({"model": "demo@densee"}, ["model = demo@densee", "Did you mean 'demo@dense'"]),
         ({"model": "demo@budget-9"}, ["sparse_budget_tokens = 9", "to 2048"]),
         (xargs(sparse_policy="default") | {"model": "demo@dense"}, ["sparse_policy", "demo@dense is a choice already"]),
+        ({"model": "demo@dense", "use_beam_search": True}, ["use_beam_search = True", "drop one of them"]),
     ],
 )
 def test_what_cannot_be_had_is_refused_in_vllms_schema(front: Any, body: dict[str, Any], told: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -158,12 +159,34 @@ def test_with_several_api_servers_the_files_of_all_processes_are_read(
     assert client.get("/v1/sparsity/live").json()["decode_rows"] == 6
 
 
-def test_an_engine_too_busy_to_answer_leaves_the_latest_numbers() -> None:
+def test_an_engine_too_busy_to_answer_leaves_the_latest_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparseserve.server.metrics.SCRAPE_TIMEOUT", 0.05)
     registry, metrics = CollectorRegistry(), WorkerMetrics()
     registry.register(metrics)
     assert live(registry).decode_rows is None
-    metrics._workers = [busy_worker()]
+    engine = BusyEngine()
+
+    async def work() -> None:
+        await metrics.refresh(engine)
+        assert live(registry).decode_rows is None
+        engine.free.set()
+        await asyncio.sleep(0)  # what comes after the scrape is kept for the next
+        engine.free.clear()
+        await metrics.refresh(engine)
+
+    asyncio.run(work())
     assert live(registry).decode_rows == 40
+
+
+class BusyEngine:
+    """Answers once it is free."""
+
+    def __init__(self) -> None:
+        self.free = asyncio.Event()
+
+    async def collective_rpc(self, method: str) -> Any:
+        await self.free.wait()
+        return [busy_worker()]
 
 
 def test_the_plan_of_a_budget_tells_all_layers_and_heads(client: TestClient) -> None:

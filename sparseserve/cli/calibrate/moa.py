@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from sparseserve.cli.calibrate import options
+from sparseserve.cli.numbers import shares, whole_numbers
 
 
 def moa(
@@ -33,18 +34,18 @@ def moa(
     chooses a window for every KV head by an integer program, and compares the best plans at another length with the
     uniform window of the same density.
     """
-    goal_lengths, shares = options.whole_numbers("--lengths", lengths), options.shares("--density", density)
+    goal_lengths, densities = whole_numbers("--lengths", lengths), shares("--density", density)
     from sparseserve.calibration.moa import Goal, calibrate  # imports torch and transformers
     from sparseserve.calibration.moa_answers import Draw
     from sparseserve.calibration.report import write_report
     from sparseserve.calibration.subject import load
 
     subject = load(model, device, dtype)
-    results = calibrate(subject, Goal(goal_lengths, validate_length, shares), Draw(samples, seed, text), output)
+    results = calibrate(subject, Goal(goal_lengths, validate_length, densities), Draw(samples, seed, text), output)
     told = {
         "lengths": goal_lengths,
         "validate_length": validate_length,
-        "density": shares,
+        "density": densities,
         "samples": samples,
         "seed": seed,
         "text": text,

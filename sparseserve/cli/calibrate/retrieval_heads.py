@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparseserve.cli.calibrate import options
+from sparseserve.cli.numbers import shares, whole_numbers
 
 if TYPE_CHECKING:
     from sparseserve.calibration.retrieval import HeadScores
@@ -43,7 +44,7 @@ def retrieval_heads(
     from sparseserve.calibration.retrieval import artifact, measure, results
     from sparseserve.calibration.subject import load
 
-    tokens, places = options.whole_numbers("--lengths", lengths), options.shares("--depths", depths)
+    tokens, places = whole_numbers("--lengths", lengths), shares("--depths", depths)
     subject = load(model, device, dtype)
     chunks = Chunks(output, subject.identity | {"seed": seed, "text": str(text)})
     scores = measure(subject, chunks, tokens, places, samples, seed, text)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparseserve.cli.calibrate import options
+from sparseserve.cli.numbers import whole_numbers
 
 CHOOSERS = {"gate": "gate", "block_max": "its target", "mean_key": "mean key", "random": "random"}
 
@@ -44,7 +45,7 @@ def seer(
     from sparseserve.calibration.seer_files import artifact, publish
     from sparseserve.calibration.subject import load
 
-    documents = Documents(options.whole_numbers("--lengths", lengths), samples, held_out, rows, block_size, seed, text)
+    documents = Documents(whole_numbers("--lengths", lengths), samples, held_out, rows, block_size, seed, text)
     recipe = Recipe(steps, learning_rate, gate_dim, not no_qk_norm, not no_rope)
     subject = load(model, device, dtype)
     chunks = Chunks(output, subject.identity | documents.arguments | recipe.arguments)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparseserve.cli.calibrate import options
+from sparseserve.cli.numbers import whole_numbers
 
 
 def tidal(
@@ -40,7 +41,7 @@ def tidal(
     from sparseserve.files import write_atomically
     from sparseserve.policies import Tidal
 
-    tokens = options.whole_numbers("--lengths", lengths)
+    tokens = whole_numbers("--lengths", lengths)
     policy = Tidal.model_validate({"select_layer": select_layer, "budget_tokens": budget, "scope": scope})
     subject = load(model, device, dtype)
     calibration.check_layers(subject, select_layer, layers)
