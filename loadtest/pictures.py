@@ -56,6 +56,7 @@ def goodput(results: Results) -> str:
         _points(axes, [(place, place, place) for place, _ in bars], [bar for _, bar in bars], style | {"ls": ""})
     _bound(axes, "y")
     axes.set_xticks(range(len(names)), names)
+    axes.set_xlim(-0.6, len(names) - 0.4)
     _finish(axes, "load", "requests within the SLO per second")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return _svg(figure)
@@ -130,7 +131,8 @@ def _points(axes: Axes, x: Sequence[Span], y: Sequence[Span], style: dict[str, A
     """Points with their intervals; none where nothing was measured."""
     if x:
         (xs, across), (ys, up) = _errors(x), _errors(y)
-        axes.errorbar(xs, ys, up, across, markersize=4, capsize=2, elinewidth=0.8, **style)
+        pale = (style["color"], 0.45)
+        axes.errorbar(xs, ys, up, across, markersize=4, capsize=2, elinewidth=0.8, ecolor=pale, **style)
 
 
 def _errors(spans: Sequence[Span]) -> tuple[list[float], list[list[float]]]:

@@ -119,6 +119,8 @@ def test_answers_that_begin_as_the_controls(recorded: BenchResult) -> None:
     assert right("AUWKV and on") == 2
     assert right("AUWK") == right("garbage") == 1
     assert right("AUWKV69D.", errors=["gone", "gone"]) == 0
+    unanswered = recorded.model_copy(update={"errors": ["gone", ""]})
+    assert check(long, made, recorded, unanswered).right == 1
 
 
 def test_what_is_flagged() -> None:
