@@ -12,7 +12,7 @@ from sparseserve.memory import Memory, Stored, needed_bytes, predict_memory
 from sparseserve.plan import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.server.checks import check_supported, model_shape, plan_layers
-from sparseserve.server.launch import engine_config, parse, vllm_errors
+from sparseserve.server.launch import engine_config, parse, platform_flags, vllm_errors
 
 LENGTHS = (4096, 32768, 131072)  # tokens, as far as the model goes
 
@@ -48,8 +48,10 @@ def explain(source: PolicySource, argv: list[str], lengths: Sequence[int]) -> Ex
     """Check `argv`, the arguments of `vllm serve`, as `serve` does, and predict steps at `lengths`."""
     with vllm_errors():
         args = parse(argv)
-        config = engine_config(args)
     policy = source.policy(args.model)
+    with vllm_errors():
+        args = parse([*argv, *platform_flags(policy, args)])
+        config = engine_config(args)
     check_supported(config, policy)
     model = model_shape(config)
     try:

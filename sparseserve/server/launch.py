@@ -84,8 +84,6 @@ class Launch:
 
 def prepare(source: PolicySource, argv: list[str]) -> Launch:
     """Everything that can be known before the engine starts."""
-    from vllm.platforms import current_platform
-
     from sparseserve.server.checks import check_supported, model_shape, plan_layers
     from sparseserve.server.limits import max_request_bytes
 
@@ -95,9 +93,7 @@ def prepare(source: PolicySource, argv: list[str]) -> Launch:
     check_metrics_folder(args, os.environ)
     check_api_servers(args)
     policy = source.policy(args.model)
-    argv = [*argv, *policy_flags(policy, args), *server_flags(policy, args)]
-    if current_platform.is_cuda():
-        argv += cuda_flags(policy, args)
+    argv = [*argv, *policy_flags(policy, args), *server_flags(policy, args), *platform_flags(policy, args)]
     with vllm_errors():
         args = parse(argv)
         config = engine_config(args)
@@ -204,8 +200,15 @@ def check_metrics_folder(args: argparse.Namespace, env: Mapping[str, str]) -> No
         raise ConfigError(name, env[name], allowed, remedy=remedy) from None
 
 
-def cuda_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
+def platform_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
     """What to add on CUDA: our backend for full attention, and pages of whole units unless the user gave a size."""
+    from vllm.platforms import current_platform
+
+    return cuda_flags(policy, args) if current_platform.is_cuda() else []
+
+
+def cuda_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
+    """`platform_flags` on CUDA."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     given = args.attention_config

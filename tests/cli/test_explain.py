@@ -110,3 +110,8 @@ def test_what_cannot_be_served_is_refused(models: dict[str, str], flags: list[st
     result = explain(models["llama"], *flags)
     assert result.exit_code == 2
     assert [words for words in told if words not in result.output] == []
+
+
+def test_pages_are_those_that_serve_would_ask_for(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparseserve.server.explain.platform_flags", lambda policy, args: ["--block-size", "64"])
+    assert explained(models["llama"], "--policy", "quest")["page_tokens"] == 64
