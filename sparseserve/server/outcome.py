@@ -89,7 +89,9 @@ class Answer:
         """JSON with what the workers know in its usage; of a stream's chunks only the one without choices."""
         try:
             answer = json.loads(text)
-            if not isinstance(answer.get("usage"), dict) or (last and answer.get("choices") != []):
+            if not isinstance(answer, dict) or not isinstance(answer.get("usage"), dict):
+                return text  # also the null that vLLM answers to a client that went away
+            if last and answer.get("choices") != []:
                 return text
             answers = await asyncio.wait_for(self._ask(self._name), TIMEOUT)
             known = [outcome for outcome in answers if outcome is not None]

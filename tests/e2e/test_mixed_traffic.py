@@ -78,7 +78,7 @@ def test_every_request_gets_its_own_choice(run: Run) -> None:
         ("dense", True, 0),
         ("budget", False, 512),
     }
-    assert len(told) > 0.5 * sum(answer.outcome == "ok" for answer in run.answers)  # left out where workers are late
+    assert len(told) > 0.98 * sum(answer.outcome == "ok" for answer in run.answers)  # left out where workers are late
 
 
 def test_every_request_is_counted_once(run: Run, server: Server) -> None:
