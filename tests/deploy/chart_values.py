@@ -10,6 +10,7 @@ from observability import DEPLOY
 Values = dict[str, Any]
 QUEST = {"policy": "quest", "budget_tokens": 512}
 DEMO = {"name": "demo", "model": "/models/demo", "policy": QUEST}
+GROUP = DEMO | {"name": "group", "parallel": {"tensor": 2}, "multiNode": {"size": 2}}
 LARGE = 2**20  # Helm writes it as 1.048576e+06 where it can
 SCALED = {"kind": "hpa", "minReplicas": 1, "maxReplicas": 3, "kvUsage": 0.75}
 OPTIONS = {
@@ -26,6 +27,11 @@ OPTIONS = {
 def one(**changes: Any) -> Values:
     """One model, with these keys changed."""
     return {"models": [DEMO | changes]}
+
+
+def cpu(limit: Any, **changes: Any) -> Values:
+    """One model that computes on so many CPUs."""
+    return one(device="cpu", resources={"limits": {"cpu": limit}}, **changes)
 
 
 def policy(**entry: Any) -> Values:
@@ -47,6 +53,12 @@ EXAMPLES = [DEPLOY / "helm" / "examples" / f"{name}.yaml" for name in ("gpu", "c
 GOOD: dict[str, Values] = {path.stem: yaml.safe_load(path.read_text()) for path in EXAMPLES} | {
     "several models": {"models": [DEMO, DEMO | {"name": "other", "device": "cpu", "policy": {"policy": "dense"}}]},
     "a new claim": one(model="org/name", weights={"size": "10Gi", "storageClassName": "fast"}),
+    "a hub": one(model="org/name", weights={"size": "10Gi"})
+    | {"networkPolicy": {"egress": [{"ports": [{"protocol": "TCP", "port": 443}]}]}},
+    "no network policy": one(model="org/name", weights={"size": "10Gi"}) | {"networkPolicy": {"enabled": False}},
+    "nothing runs": {"models": [DEMO | {"replicas": 0}, GROUP | {"replicas": 0}]},
+    "ranks on the CPU": cpu("4500m", parallel={"tensor": 2}),
+    "threads of its own": cpu(4, env=[{"name": "OMP_NUM_THREADS", "value": "2"}]),
     "hpa": one(autoscaling=SCALED),
     "a group scaled by hpa": one(autoscaling=SCALED, parallel={"tensor": 4}, multiNode={"size": 2}),
     "no proxy": one() | {"proxy": {"enabled": False}, "monitoring": {"podMonitor": True}},

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 Manifest = dict[str, Any]
+Law = Callable[[list[Manifest]], Iterator[str]]
 CHECKS = Path(__file__).parents[2] / ".venv-checks" / "bin"
 SELECTING = {"Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy", "PodMonitor"}
 WRITABLE = {"/tmp", "/dev/shm", "/home/sparseserve"}
@@ -21,6 +24,11 @@ def ask(command: str, items: list[Any]) -> list[Any]:
     assert answered.returncode == 0, answered.stderr
     answers: list[Any] = json.loads(answered.stdout)
     return answers
+
+
+def laws() -> list[Law]:
+    """All that hold without knowing what else is in the cluster."""
+    return [drains, selects, connects, resolves, computes, locks, names_once, hides]
 
 
 def pods(manifests: list[Manifest]) -> list[Manifest]:
@@ -129,6 +137,9 @@ def connects(manifests: list[Manifest]) -> Iterator[str]:
             yield from (
                 f"{port['targetPort']} of a Service" for port in _missing(pod, service["spec"]["ports"], "targetPort")
             )
+            sidecars = {port["name"] for one in pod["spec"].get("initContainers", []) for port in one.get("ports", [])}
+            named = {port["targetPort"] for port in service["spec"]["ports"]}
+            yield from (f"{name} of a Service, a sidecar's: only Kubernetes 1.33 finds it" for name in named & sidecars)
     for monitor in of_kind(manifests, "PodMonitor"):
         for pod in matching(manifests, monitor["spec"]["selector"]["matchLabels"]):
             yield from (
@@ -144,6 +155,38 @@ def connects(manifests: list[Manifest]) -> Iterator[str]:
             for port in rule.get("ports", [])
         ]
         yield from (f"{port['port']} of a network policy" for port in _missing(pod, admitted, "port"))
+
+
+def resolves(manifests: list[Manifest]) -> Iterator[str]:
+    """DNS is reached wherever it is: in pods, which may listen on 5353, and in a node's own cache, which is no pod."""
+    for pod in pods(manifests):
+        rules = [
+            rule
+            for policy in of_kind(manifests, "NetworkPolicy")
+            if pod in matching(manifests, policy["spec"]["podSelector"]["matchLabels"])
+            for rule in policy["spec"]["egress"]
+        ]
+        anywhere = [port for rule in rules if "to" not in rule for port in rule["ports"]]
+        ways = {(protocol, port) for protocol in ("UDP", "TCP") for port in (53, 5353)}
+        if rules:
+            yield from (f"{way} is cut off" for way in ways - {(port["protocol"], port["port"]) for port in anywhere})
+
+
+def computes(manifests: list[Manifest]) -> Iterator[str]:
+    """Where CPUs compute and are limited, a server has no more threads than CPUs: vLLM takes all of the node's."""
+    for _, server in servers(manifests):
+        limits = server.get("resources", {}).get("limits", {})
+        if "cpu" in limits and "nvidia.com/gpu" not in limits:
+            env = {variable["name"]: variable.get("value") for variable in server["env"]}
+            ranks = [int(arg.partition("=")[2]) for arg in server["args"] if "-parallel-size=" in arg]
+            if env.get("VLLM_CPU_OMP_THREADS_BIND") != "nobind":
+                yield "threads are bound to cores that others may have"
+            if not 1 <= int(env["OMP_NUM_THREADS"]) * math.prod(ranks) <= _cpus(limits["cpu"]):
+                yield f"{env['OMP_NUM_THREADS']} threads for {limits['cpu']} CPUs and ranks {ranks}"
+
+
+def _cpus(quantity: Any) -> float:
+    return int(quantity[:-1]) / 1000 if str(quantity).endswith("m") else float(quantity)
 
 
 def _missing(pod: Manifest, wanted: list[Manifest], key: str) -> list[Manifest]:
@@ -171,6 +214,13 @@ def locks(manifests: list[Manifest]) -> Iterator[str]:
             writable = {mount["mountPath"] for mount in one["volumeMounts"] if not mount.get("readOnly")}
             if one["name"] != "proxy" and not writable >= WRITABLE:
                 yield f"{one['name']} cannot write in {WRITABLE - writable}"
+
+
+def names_once(manifests: list[Manifest]) -> Iterator[str]:
+    """No variable comes twice in a container: server-side apply would refuse it."""
+    for one in (one for pod in pods(manifests) for one in containers(pod)):
+        times = Counter(variable["name"] for variable in one.get("env", []))
+        yield from (f"{name} in {one['name']}" for name in times if times[name] > 1)
 
 
 def hides(manifests: list[Manifest]) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,11 @@ from manifests import (
     Manifest,
     as_pods,
     ask,
-    connects,
     containers,
-    drains,
-    hides,
-    locks,
+    laws,
     of_kind,
     pods,
     refers,
-    selects,
     servers,
 )
 from observability import DASHBOARDS, DEPLOY, FOLDER, RULES, names
@@ -65,7 +62,7 @@ def test_helm_has_nothing_to_say(case: str, rendered: dict[str, dict[str, Any]])
 
 @EACH
 def test_the_laws_hold(case: str, manifests: list[Manifest]) -> None:
-    for law in (drains, selects, connects, locks, hides):
+    for law in laws():
         assert list(law(manifests)) == [], law.__doc__
     assert list(refers(manifests, EXTERNAL)) == []
 
@@ -179,6 +176,46 @@ def test_workers_outlast_the_leader_and_are_not_scraped(manifests: list[Manifest
     )
     assert worker >= leader + 30
     assert {pod["metadata"]["labels"]["app.kubernetes.io/component"] for pod in pods(manifests)} == {"server", "worker"}
+
+
+@pytest.mark.parametrize("case", ["multi-node"])
+def test_workers_wait_for_the_leader(manifests: list[Manifest], tmp_path: Path) -> None:
+    """The command itself, with a leader that answers when it is asked for the third time."""
+    calls = tmp_path / "calls"
+    for name, text in {
+        "ray": f'[ "$1" != health-check ] || [ "$(grep -c health {calls})" -eq 3 ]',
+        "sleep": "",
+    }.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $@" >> {calls}\n{text}\n')
+        (tmp_path / name).chmod(0o755)
+    (worker,) = (one for pod in pods(manifests) for one in containers(pod) if one["name"] == "worker")
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LWS_LEADER_ADDRESS": "large-0.large"}
+    subprocess.run(worker["command"], env=env, check=True, timeout=20)
+    asked = "ray health-check --address large-0.large:6379"
+    started = "ray start --address=large-0.large:6379 --block"
+    assert calls.read_text().splitlines() == [asked, "sleep 5", asked, "sleep 5", asked, started]
+
+
+@pytest.mark.parametrize("case", ["nothing runs"])
+def test_no_replicas_are_none(manifests: list[Manifest]) -> None:
+    owners = of_kind(manifests, "Deployment") + of_kind(manifests, "LeaderWorkerSet")
+    assert [owner["spec"]["replicas"] for owner in owners] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("case", "offline"), [("gpu", True), ("a new claim", True), ("a hub", False), ("no network policy", False)]
+)
+def test_the_hub_is_asked_only_where_it_is_reached(case: str, offline: bool, manifests: list[Manifest]) -> None:
+    ((_, server),) = servers(manifests)
+    env = {variable["name"]: variable.get("value") for variable in server["env"]}
+    assert ("HF_HUB_OFFLINE" in env) == offline
+    assert ("HF_HOME" in env) == (case != "gpu")
+
+
+@pytest.mark.parametrize(("case", "threads"), [("cpu", "3"), ("ranks on the CPU", "1"), ("threads of its own", "2")])
+def test_threads_follow_from_the_limit(case: str, threads: str, manifests: list[Manifest]) -> None:
+    ((_, server),) = servers(manifests)
+    assert {"name": "OMP_NUM_THREADS", "value": threads} in server["env"]
 
 
 def test_scalers_ask_for_metrics_and_labels_that_exist(rendered: dict[str, dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import ipaddress
 import json
 import re
 import shutil
@@ -56,6 +57,13 @@ def test_services_come_back_and_may_do_little(service: dict[str, Any]) -> None:
     assert service["restart"] == "unless-stopped"
     assert service["read_only"] and service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
+
+
+def test_no_other_service_is_given_the_servers_address() -> None:
+    (pool,) = yaml.safe_load(FILE.read_text())["networks"]["default"]["ipam"]["config"]
+    address = ipaddress.ip_address(SERVICES["sparseserve"]["networks"]["default"]["ipv4_address"])
+    subnet, others = (ipaddress.ip_network(pool[key]) for key in ("subnet", "ip_range"))
+    assert address in subnet and address not in others and others.subnet_of(subnet)  # type: ignore[arg-type]
 
 
 @every_service
@@ -125,6 +133,11 @@ def test_the_unit_restarts_and_waits_for_the_drain(unit: configparser.SectionPro
     assert unit["Restart"] == "always" and unit["User"] != "root"
     drain = re.search(r"--shutdown-timeout (\d+)", unit["ExecStart"])
     assert drain and int(unit["TimeoutStopSec"]) > 2 * int(drain[1])
+
+
+def test_the_unit_sees_gpus(unit: configparser.SectionProxy) -> None:
+    """Each of these denies devices; the last did so before it was meant to."""
+    assert not {"PrivateDevices", "DevicePolicy", "DeviceAllow", "ProtectClock"} & set(unit)
 
 
 def test_the_unit_takes_its_words_from_the_example(unit: configparser.SectionProxy) -> None:

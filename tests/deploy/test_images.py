@@ -80,6 +80,18 @@ def test_the_cuda_image_builds_the_makefiles_wheel() -> None:
     )
 
 
+@pytest.mark.parametrize(("version", "installed"), [("", []), ("2.50.0", ["ray==2.50.0"])])
+def test_the_cuda_image_has_ray_when_it_is_asked_for(version: str, installed: list[str], tmp_path: Path) -> None:
+    """The step itself, with a pip that writes down what it is given."""
+    (step,) = re.findall(r"&& (\{ .*RAY_VERSION.*; \}) ", (DEPLOY / "Dockerfile.cuda").read_text())
+    calls = tmp_path / "calls"
+    calls.touch()
+    script = f'python3() {{ echo "$@" >> {calls}; }}; true && {step} && echo on'
+    done = subprocess.run(["sh", "-c", script], env={"RAY_VERSION": version}, capture_output=True, text=True)
+    assert done.stdout == "on\n"
+    assert [line.split()[-1] for line in calls.read_text().splitlines()] == installed
+
+
 def test_what_builds_the_wheel_is_locked() -> None:
     (names,) = re.findall(r"grep -E '\^\(([^)]*)\)=='", (DEPLOY / "Dockerfile.cuda").read_text())
     locked = {line.split("==")[0] for line in (DEPLOY / "cpu.lock").read_text().splitlines()}

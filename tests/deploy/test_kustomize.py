@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
-from manifests import CHECKS, Manifest, ask, connects, drains, hides, locks, of_kind, refers, selects, servers
+from manifests import CHECKS, Manifest, ask, laws, of_kind, refers, servers
 from observability import DEPLOY
 
 from sparseserve.config import PolicySource, read_policy_file
@@ -18,6 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not CHECKS.exists(), reason="no .venv-checks: make .venv-checks/.installed"),
 ]
 EXTERNAL = {"PersistentVolumeClaim weights", "Secret sparseserve-api-key"}
+BLOCKS = re.findall(r"```bash\n(.*?)```", (DEPLOY / "helm" / "README.md").read_text(), re.DOTALL)
 MODELS = {"cpu": "/models/demo", "gpu": "/models/Llama-3.1-8B-Instruct"}
 
 
@@ -38,7 +40,7 @@ def rendered(folder: Path, overlay: str) -> list[Manifest]:
 
 
 def test_the_laws_hold(manifests: list[Manifest]) -> None:
-    for law in (drains, selects, connects, locks, hides):
+    for law in laws():
         assert list(law(manifests)) == [], law.__doc__
     assert list(refers(manifests, EXTERNAL)) == []
 
@@ -62,6 +64,23 @@ def test_the_model_and_its_policy_are_served(overlay: str, manifests: list[Manif
     path = tmp_path / "policies.yaml"
     path.write_text(config["data"]["policies.yaml"])
     assert PolicySource(read_policy_file(str(path))).policy(MODELS[overlay]).name == "quest"
+
+
+def test_everything_is_in_the_namespace_that_is_made_first(manifests: list[Manifest]) -> None:
+    (namespace,) = of_kind(manifests, "Namespace")
+    others = [one["metadata"]["namespace"] for one in manifests if one is not namespace]
+    assert set(others) == {namespace["metadata"]["name"]}
+
+
+def test_the_readme_makes_first_what_the_overlays_need() -> None:
+    (block,) = (text for text in BLOCKS if "apply --kustomize" in text)
+    before, _, _ = block.partition("apply --kustomize")
+    claim = yaml.safe_load(before.partition("<<'EOF'\n")[2].partition("\nEOF\n")[0])
+    made = {f"{claim['kind']} {claim['metadata']['name']}", *re.findall("create (secret) generic (\\S+)", before)}
+    assert made == {"PersistentVolumeClaim weights", ("secret", "sparseserve-api-key")}
+    assert not any(ask("validate", [claim]))
+    assert (DEPLOY.parent / re.findall(r"apply --filename (deploy/\S+)", before)[0]).exists()
+    assert before.count("kubectl --namespace sparseserve ") == 2
 
 
 def test_a_changed_policy_rolls_the_pods(overlay: str, manifests: list[Manifest], tmp_path: Path) -> None:

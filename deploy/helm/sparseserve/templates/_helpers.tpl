@@ -58,8 +58,8 @@ model: {{ .model.name }}
 {{- end -}}
 {{- end -}}
 
-{{- /* GPUs of one pod. */ -}}
-{{- define "sparseserve.gpus" -}}
+{{- /* Ranks of one pod; unless it computes on the CPU, each has a GPU. */ -}}
+{{- define "sparseserve.ranks" -}}
 {{- $sizes := .model.parallel | default dict -}}
 {{- $all := mul ($sizes.tensor | default 1) ($sizes.pipeline | default 1) ($sizes.data | default 1) -}}
 {{- $nodes := (.model.multiNode | default dict).size | default 1 -}}

@@ -63,7 +63,6 @@ spec:
     {{- if and $server $values.proxy.enabled }}
     - {name: proxy, configMap: {name: {{ include "sparseserve.fullname" .root }}-proxy}}
     - {name: proxy-tmp, emptyDir: {}}
-    - {name: proxy-cache, emptyDir: {}}
     {{- end }}
 {{- end -}}
 
@@ -102,7 +101,13 @@ spec:
 {{- /* Stays until the leader has drained: without it running answers would break. */ -}}
 {{- define "sparseserve.worker" -}}
 - name: worker
-  command: [sh, -c, 'exec ray start --address="$LWS_LEADER_ADDRESS:6379" --block']
+  # A worker that ended before the leader is there would have the whole group made anew.
+  command:
+    - sh
+    - -c
+    - >-
+      until ray health-check --address "$LWS_LEADER_ADDRESS:6379"; do sleep 5; done;
+      exec ray start --address="$LWS_LEADER_ADDRESS:6379" --block
   lifecycle:
     preStop:
       sleep: {seconds: {{ add .root.Values.preStopSeconds .root.Values.drainSeconds }}}
@@ -114,30 +119,10 @@ spec:
 image: {{ include "sparseserve.image" . }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 {{ include "sparseserve.locked" . }}
-env:
-  - {name: HOME, value: /home/sparseserve}
-  - {name: TORCHINDUCTOR_CACHE_DIR, value: /home/sparseserve/.cache/torchinductor}
-  - {name: VLLM_NO_USAGE_STATS, value: "1"}
-  {{- if hasPrefix "/" .model.model }}
-  - {name: HF_HUB_OFFLINE, value: "1"}
-  {{- else if .model.weights }}
-  - {name: HF_HOME, value: /models}
-  {{- end }}
-  {{- if .model.multiNode }}
-  - {name: VLLM_HOST_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
-  {{- end }}
-  {{- if eq .component "server" }}
-  {{- with include "sparseserve.secret" .root }}
-  - name: VLLM_API_KEY
-    valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $.root.Values.apiKey.key | default "api-key" }}}}
-  {{- end }}
-  {{- end }}
-  {{- with .model.env }}
-  {{- toYaml . | nindent 2 }}
-  {{- end }}
+env: {{- include "sparseserve.env" . | trim | nindent 2 }}
 {{- $resources := deepCopy (.model.resources | default dict) }}
 {{- if include "sparseserve.gpu" . }}
-{{- $_ := set $resources "limits" (merge (dict "nvidia.com/gpu" (include "sparseserve.gpus" . | int)) ($resources.limits | default dict)) }}
+{{- $_ := set $resources "limits" (merge (dict "nvidia.com/gpu" (include "sparseserve.ranks" . | int)) ($resources.limits | default dict)) }}
 {{- end }}
 {{- with $resources }}
 resources: {{- toYaml . | nindent 2 }}
@@ -152,6 +137,58 @@ volumeMounts:
   {{- with .model.weights }}
   - {name: weights, mountPath: /models, readOnly: {{ .readOnly | default false }}}
   {{- end }}
+{{- end -}}
+
+{{- /* What the model's own `env` names is left to it: server-side apply refuses a name that comes twice. */ -}}
+{{- define "sparseserve.env" -}}
+{{- $own := .model.env | default list -}}
+{{- $named := list -}}
+{{- range $own }}{{ $named = append $named .name }}{{ end -}}
+{{- range include "sparseserve.defaults" . | fromYamlArray }}
+{{- if not (has .name $named) }}
+- {{ toJson . }}
+{{- end }}
+{{- end }}
+{{- range $own }}
+- {{ toJson . }}
+{{- end }}
+{{- end -}}
+
+{{- define "sparseserve.defaults" -}}
+{{- $network := .root.Values.networkPolicy -}}
+{{- $path := hasPrefix "/" .model.model -}}
+- {name: HOME, value: /home/sparseserve}
+- {name: TORCHINDUCTOR_CACHE_DIR, value: /home/sparseserve/.cache/torchinductor}
+- {name: VLLM_NO_USAGE_STATS, value: "1"}
+{{- if or $path (and $network.enabled (not $network.egress)) }}
+- {name: HF_HUB_OFFLINE, value: "1"}
+{{- end }}
+{{- if and .model.weights (not $path) }}
+- {name: HF_HOME, value: /models}
+{{- end }}
+{{- if .model.multiNode }}
+- {name: VLLM_HOST_IP, valueFrom: {fieldRef: {fieldPath: status.podIP}}}
+{{- end }}
+{{- with include "sparseserve.threads" . }}
+# vLLM would bind a thread to every core of the node, whatever the limit.
+- {name: VLLM_CPU_OMP_THREADS_BIND, value: nobind}
+- {name: OMP_NUM_THREADS, value: {{ . | quote }}}
+{{- end }}
+{{- if eq .component "server" }}
+{{- with include "sparseserve.secret" .root }}
+- name: VLLM_API_KEY
+  valueFrom: {secretKeyRef: {name: {{ . }}, key: {{ $.root.Values.apiKey.key | default "api-key" }}}}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- /* OpenMP threads of a rank on the CPU: its share of the limit, less the core that vLLM leaves to the scheduler. */ -}}
+{{- define "sparseserve.threads" -}}
+{{- $limit := dig "limits" "cpu" "" (.model.resources | default dict) | toString -}}
+{{- if and $limit (not (include "sparseserve.gpu" .)) -}}
+{{- $milli := ternary (trimSuffix "m" $limit | int) (mulf $limit 1000 | int) (hasSuffix "m" $limit) -}}
+{{- max 1 (sub (div $milli (include "sparseserve.ranks" . | int | mul 1000)) 1) -}}
+{{- end -}}
 {{- end -}}
 
 {{- define "sparseserve.locked" -}}
@@ -175,7 +212,6 @@ securityContext:
   volumeMounts:
     - {name: proxy, mountPath: /etc/sparseserve, readOnly: true}
     - {name: proxy-tmp, mountPath: /tmp}
-    - {name: proxy-cache, mountPath: /var/cache/nginx}
 {{- end -}}
 
 {{- define "sparseserve.policies" -}}
