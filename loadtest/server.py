@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -112,7 +113,7 @@ def check(setting: Setting, model: str, flags: Sequence[str]) -> None:
     words = [sys.executable, "-m", "sparseserve", "explain", model, *_policy_flags(setting), *flags]
     answer = subprocess.run(words, capture_output=True, text=True)
     if answer.returncode:
-        raise LoadTestError(f"{setting}: {_reason(answer.stderr)}")
+        raise LoadTestError(f"{setting}: {_said(answer.stderr) or answer.stderr[-2000:]}")
 
 
 @contextmanager
@@ -175,14 +176,17 @@ def _wait_until_healthy(server: Server) -> None:
         if server.status("/health") == httpx.codes.OK:
             return
         time.sleep(0.5)
-    text = server.log.read_text(errors="replace") if server.log else ""
-    raise LoadTestError(f"the server did not start: {_reason(text)}\nIts log: {server.log}")
+    assert server.process is not None and server.log is not None
+    code = server.process.poll()
+    ended = f"/health was not 200 within {START:.0f} s" if code is None else f"exit code {code}"
+    said = _said(server.log.read_text(errors="replace"))
+    raise LoadTestError(f"the server did not start ({ended}){said and ', ' + said}; its log is {server.log}")
 
 
-def _reason(output: str) -> str:
-    """What sparseserve says at its end, or else the last that was said at all."""
-    said = [line for line in output.splitlines() if line.startswith("sparseserve:")]
-    return said[0] if said else output[-2000:].strip()
+def _said(output: str) -> str:
+    """The last that sparseserve itself says; other libraries may write on the same line."""
+    said: list[str] = re.findall(r"sparseserve: .*", output)
+    return said[-1] if said else ""
 
 
 def _title(process: psutil.Process) -> str:

@@ -170,10 +170,10 @@ def test_a_server_that_ends_while_it_starts_is_told_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "INFO\nsparseserve: no room for the KV cache\nINFO"\nexit 2\n')
+    python.write_text('#!/bin/sh\necho "sparseserve: policy=quest\nleaks.sparseserve: no room\nINFO"\nexit 2\n')
     python.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(python))
-    told = "did not start: sparseserve: no room for the KV cache\nIts log: .*log"
+    told = r"did not start \(exit code 2\), sparseserve: no room; its log is .*log$"
     with pytest.raises(LoadTestError, match=told), serving(Setting("quest"), "m", [], tmp_path / "log"):
         pass
 
