@@ -26,7 +26,7 @@ from sparseserve.errors import MISSING, ConfigError, policy_errors
 from sparseserve.policies import POLICIES, Policy
 
 ADDITIONAL_CONFIG = "sparseserve"  # the key of our settings in vLLM's additional_config
-WORKERS = {device: f"sparseserve.plugin.worker.Sparse{device.upper()}Worker" for device in ("cpu", "cuda")}
+WORKERS = {device: f"sparseserve.plugin.worker_{device}.Sparse{device.upper()}Worker" for device in ("cpu", "cuda")}
 ENV_POLICY = "SPARSESERVE_POLICY"
 ENV_SET = "SPARSESERVE_SET_"
 SEE_POLICIES = "see `sparseserve policies`"

@@ -24,6 +24,7 @@ from sparseserve.evaluation.request import Request, Setting
 from sparseserve.evaluation.results import Results
 from sparseserve.server.process import SERVE, Server, running
 
+V1_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 FORCING = ["--logits-processors", "sparseserve.plugin.forcing:ForcedTokens"]
 END = 10.0  # seconds that a dying server may take to be gone
 LAST_WORDS = 3000  # characters of a log
@@ -35,10 +36,12 @@ Serve = Callable[[Request, Setting], AbstractContextManager[Server]]
 @contextmanager
 def serve(request: Request, setting: Setting) -> Iterator[Server]:
     """A server under a setting; SparseServeError with the end of its log when it does not start."""
-    command = [*SERVE, request.model, *setting.flags(), *request.vllm, *([] if request.text is None else FORCING)]
+    command, env = [*SERVE, request.model, *setting.flags(), *request.vllm], {}
+    if request.text is not None:
+        command, env = [*command, *FORCING], V1_RUNNER
     with TemporaryDirectory() as folder, ExitStack() as stack:
         try:
-            server = stack.enter_context(running(command, Path(folder) / "server.log"))
+            server = stack.enter_context(running(command, Path(folder) / "server.log", env))
         except RuntimeError as error:
             raise SparseServeError(f"{setting}: {error}") from None
         yield server

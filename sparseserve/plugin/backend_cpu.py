@@ -96,7 +96,7 @@ class SparseCPUBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
         if self._policy is None:
             return super().build(common_prefix_len, common, fast_build)
         batch = self._batch(common)
-        batch.count(self._meter)
+        self._count(batch, self._meter)
         draw = self._recall.draw() if batch.split.sparse.shape[0] else None
         if draw is not None:
             self._recall.expect(draw, rows_of(batch.requests, batch.split.sparse))

@@ -153,7 +153,7 @@ class SparseCUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
         self._recall.collect()
         batch = self._batch(real_rows(common))
         self._meter.report()
-        batch.count(self._meter)
+        self._count(batch, self._meter)
         draw = self._recall.draw() if batch.split.sparse.shape[0] else None
         if draw is not None:
             self._recall.expect(draw, batch.requests[: decode_rows(common)])

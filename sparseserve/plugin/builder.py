@@ -52,6 +52,11 @@ class SparseBuilder:
         if self._requests is not None:
             self._requests.policy = policy
 
+    def _count(self, batch: Batch, meter: Meter) -> None:
+        """Count a batch, unless nobody asked for it: vLLM warms up with such."""
+        if self._requests is None or any(request is not None for request in batch.requests):
+            batch.count(meter)
+
     def _batch(self, common: CommonAttentionMetadata) -> Batch:
         policy = self._policy
         assert policy is not None

@@ -2,7 +2,8 @@
 
 `sparseserve eval` serves with `--logits-processors sparseserve.plugin.forcing:ForcedTokens`. vLLM takes raw
 log-probabilities before it asks logits processors, so those of the forced tokens are the model's own. A grammar
-(structured outputs) would not do: its mask comes first. Model runner V1.
+(structured outputs) would not do: its mask comes first. For model runner V1, which eval asks for;
+V2 takes logits processors of another kind.
 """
 
 from __future__ import annotations

@@ -90,6 +90,10 @@ class SparseImpl:
         self._policy, self._plan, self._summary_shape, self._meter = policy, plan, summary_shape, meter
         self._heads, self._layer = heads, None
 
+    def unbind(self) -> None:
+        """Let go of the cache's pages."""
+        self._layer = None
+
     def _bound(self, kv_cache: Tensor) -> SparseLayer:
         if self._layer is None or self._cache != kv_cache.data_ptr():
             self._cache = kv_cache.data_ptr()

@@ -138,9 +138,8 @@ class CudaRecall(Recall):
         if self._pending is None:
             return
         if not self._asked:
-            rows = slice(len(self._pending[1]))
             for target, numbers in zip(self._arriving, (self._measured.recall, self._measured.error), strict=True):
-                target[:, rows].copy_(numbers[:, rows], non_blocking=True)
+                target.copy_(numbers, non_blocking=True)  # whole: a part with gaps would wait for the GPU
             self._asked = True
             if self._arrived is not None:
                 self._arrived.record()

@@ -6,14 +6,14 @@ Every layer must give what the reference gives for the policy's selection, and a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.forward_context import set_forward_context
+from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -86,13 +86,17 @@ class _Row:
             for start in range(0, self._length - 1, chunk):
                 self._write(range(start, min(start + chunk, self._length - 1)))
             common, metadata = self._batch(range(self._length - 1, self._length), in_prompt=False)
-            with set_forward_context(dict.fromkeys(self._layers, metadata), self._config):
+            with self._forward(metadata):
                 for number, (name, layer) in enumerate(self._layers.items()):
                     self._decode(name, layer, self._draw(number), common, metadata)
 
+    def _forward(self, metadata: Any) -> AbstractContextManager[None]:
+        """vLLM's forward context without what its ranks agree on first: they check one by one."""
+        return override_forward_context(create_forward_context(dict.fromkeys(self._layers, metadata), self._config))
+
     def _write(self, tokens: range) -> None:
         common, metadata = self._batch(tokens, in_prompt=True)
-        with set_forward_context(dict.fromkeys(self._layers, metadata), self._config):
+        with self._forward(metadata):
             for number, layer in enumerate(self._layers.values()):
                 drawn = self._draw(number)
                 key, value = (part[tokens.start : tokens.stop] for part in (drawn.key, drawn.value))

@@ -1,14 +1,19 @@
-"""vLLM's workers, which know what their requests asked for (`--worker-cls`)."""
+"""What vLLM's workers (`--worker-cls`) know of their requests.
+
+Those of the CPU and of CUDA are apart: importing vLLM's CPU worker replaces torch.cuda's streams and events.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from sparseserve.plugin.layers import SparseImpl
 from sparseserve.plugin.requests import Requests
 from sparseserve.plugin.self_check import check_worker_attention
 from sparseserve.plugin.settings import policy_of
@@ -19,6 +24,16 @@ class SparseWorker:
     """Comes before vLLM's own class among the bases."""
 
     _requests: Requests | None = None
+
+    def determine_available_memory(self) -> int:
+        """As vLLM has it; then let go of the cache that it profiled with."""
+        available: int = super().determine_available_memory()
+        for layer in get_layers_from_vllm_config(self.vllm_config, Attention).values():
+            if isinstance(layer.impl, SparseImpl):
+                layer.impl.unbind()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        return available
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
@@ -48,11 +63,3 @@ class SparseWorker:
     def sparseserve_outcome(self, request: str) -> dict[str, Any] | None:
         """What became of a request, by the X-Request-Id it came with."""
         return None if self._requests is None else self._requests.outcome(request)
-
-
-class SparseCPUWorker(SparseWorker, CPUWorker):
-    """On the CPU."""
-
-
-class SparseCUDAWorker(SparseWorker, Worker):
-    """On CUDA."""

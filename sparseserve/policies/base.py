@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from math import prod
 from typing import Annotated, ClassVar, Literal
 
@@ -112,7 +113,8 @@ class Policy(BaseModel, ABC):
         """Tokens that a layer attends to in a row of `length` tokens, at most; the mean over its heads."""
         if plan.window is None or length <= self.dense_up_to:
             return length
-        first, start = plan.window.spans(torch.tensor(length, dtype=torch.int32)).unbind(-1)
+        row = torch.tensor(length, dtype=torch.int32, device=plan.window.sink.device)
+        first, start = plan.window.spans(row).unbind(-1)
         return float((length - (start - first).clamp(min=0)).double().mean())
 
     def summary_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
@@ -164,6 +166,18 @@ class WindowPolicy(Policy):
     @property
     def frees_pages(self) -> bool:
         return self.kv_memory == "per_head"
+
+    @abstractmethod
+    def window_plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
+        """The plan of every layer, without regard to what its heads store."""
+
+    def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
+        """Heads that store whole pages, and would never free one, attend to all that they store."""
+        plans = self.window_plans(model)
+        if not self.frees_pages:
+            return plans
+        windows = [plan.window and plan.window.in_pages(model.page_size, model.max_len) for plan in plans]
+        return tuple(replace(plan, window=window) for plan, window in zip(plans, windows, strict=True))
 
     @model_validator(mode="after")
     def _keeps_what_it_needs(self) -> WindowPolicy:

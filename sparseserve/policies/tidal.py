@@ -129,10 +129,11 @@ class Tidal(ScorePolicy):
 
 def published_reselection(model: ModelShape) -> int:
     """The second selection layer that was published for a model; ConfigError for any other."""
-    name = Path(model.name).name.lower()
-    for row in RESELECTIONS:
-        if row.model in name and row.layers == model.layers:
-            return row.layer
+    # A snapshot of the hub has the model's name in a folder above.
+    for part in reversed(Path(model.name.lower()).parts):
+        for row in RESELECTIONS:
+            if row.model in part and row.layers == model.layers:
+                return row.layer
     known = ", ".join(f"{row.model} ({row.layers} layers: {row.layer})" for row in RESELECTIONS)
     raise ConfigError(
         "reselect_layer",

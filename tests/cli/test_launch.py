@@ -195,7 +195,7 @@ def test_the_printed_command_is_the_server_that_runs(models: dict[str, str], fla
     assert from_dict(again.additional_config.pop("sparseserve")) == Quest(budget_tokens=512)
     assert again.additional_config == ({"mine": {"a": 1}, "other": 2} if flags else {})
     assert (again.model, again.max_num_seqs) == (models["llama"], 7)
-    assert again.worker_cls == "sparseserve.plugin.worker.SparseCPUWorker"
+    assert again.worker_cls == "sparseserve.plugin.worker_cpu.SparseCPUWorker"
 
 
 def test_missing_kernels_are_told_before_vllm_is_asked(no_kernels: None, capsys: pytest.CaptureFixture[str]) -> None:

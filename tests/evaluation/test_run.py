@@ -116,7 +116,7 @@ def test_the_command_writes_results_and_leaves_no_partial_file(tmp_path: Path, m
         ("--policies quest:budget=5", ["budget = 5", "Did you mean 'budget_tokens'"]),
         ("--policies hip --budgets 512", ["sink_tokens + recent_tokens = 1280 exceed budget_tokens = 512"]),
         ("--policies dense --tasks needles", ["--tasks = needles", "Did you mean 'needle'"]),
-        ("--policies dense --lengths 2k", ["--lengths = 2k", "1024,4096"]),
+        ("--policies dense --lengths 2k", ["--lengths = 2k", "4096,32768"]),
         ("--policies dense --depths 50", ["--depths = 50", "0 to 1"]),
         ("--policies dense --samples 0", ["--samples = 0"]),
         ("--policies dense --text empty.txt", ["--text = empty.txt", "a file with text in it"]),
