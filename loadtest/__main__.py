@@ -37,13 +37,14 @@ def run(
 ) -> None:
     """Compare policies under load. Options that are not listed go to `vllm serve`.
 
-    Writes results.json and report.html; exit code 1 where a policy or a request failed or answers were wrong.
+    Writes report.html, results.json and summary.json. The exit code is 1 where something failed, or answers were wrong.
     """
     from loadtest.judge import judge, read_eval
     from loadtest.report import render
     from loadtest.run import Request, measure
     from loadtest.scenario import read_scenario
     from loadtest.setting import setting, settings
+    from loadtest.sweep import write_summary
 
     request = Request(
         scenario=read_scenario(scenario),
@@ -59,6 +60,7 @@ def run(
     results = judge(request, measure(request, typer.echo), evaluated)
     (out / "results.json").write_text(results.model_dump_json(indent=1) + "\n")
     (out / "report.html").write_text(render(results, out))
+    write_summary(results, out)
     typer.echo(f"{out / 'report.html'}\n{out / 'results.json'}")
     for one in results.settings:
         for problem in one.problems:

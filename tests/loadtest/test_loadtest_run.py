@@ -106,6 +106,15 @@ def test_a_good_policy_passes(load: Load, tmp_path: Path) -> None:
     assert quick["cells"][0]["observed"]["peak_kv_bytes"] == 3 * 2**20
 
 
+def test_vllms_own_plots_can_read_every_run(load: Load, tmp_path: Path) -> None:
+    load(FakeBench({}, {}), "--policies", "quick")
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())
+    labels = [(run["policy"], run["load"], run["run_number"]) for run in found]
+    runs = [(load, number) for load in ("c1", "c2") for number in range(3)]
+    assert labels == [(name, *run) for name in ("dense", "dense, again", "quick") for run in runs]
+    assert all(isinstance(run["request_throughput"], float) and "ttfts" not in run for run in found)
+
+
 def test_every_setting_is_sent_the_same_and_no_run_what_another_was(load: Load, tmp_path: Path) -> None:
     bench = FakeBench({}, {})
     load(bench, "--policies", "quick")
