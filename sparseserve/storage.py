@@ -118,21 +118,20 @@ def _heads(policy: Policy, model: ModelShape) -> Iterable[_Head]:
     for plan in policy.plans(model):
         for head, span in enumerate(head_spans(plan, policy, model)):
             kept = model.max_len if span is None else span.pages(model.max_len, model.page_size) * model.page_size
-            if kept >= model.max_len:
-                yield _Head(model.rank, plan.layer, head, None, model.max_len)
-            else:
-                yield _Head(model.rank, plan.layer, head, span, kept)
+            yield _Head(model.rank, plan.layer, head, span, kept)
 
 
 def head_spans(plan: LayerPlan, policy: Policy, model: ModelShape) -> list[Span | None]:
-    """What every KV head of a layer keeps."""
+    """What every KV head of a layer keeps; None for heads that attend to everything."""
     heads, window = model.heads.kv_heads, plan.window
     if window is None:
         return [None] * heads
     spans: list[Span | None] = []
-    for sink, alpha, beta in zip(window.sink.tolist(), window.alpha.tolist(), window.beta.tolist(), strict=True):
+    columns = window.sink.tolist(), window.alpha.tolist(), window.beta.tolist(), window.is_whole(model.max_len).tolist()
+    for sink, alpha, beta, whole in zip(*columns, strict=True):
         lines = [(a - sink, b) for a, b in zip(alpha, beta, strict=True)]
-        spans.append(Span(sink, *_chord(lines, model.max_len), window.minimum - sink, policy.dense_up_to))
+        span = Span(sink, *_chord(lines, model.max_len), window.minimum - sink, policy.dense_up_to)
+        spans.append(None if whole else span)
     return spans * (heads // len(spans))
 
 

@@ -110,11 +110,13 @@ def test_a_group_keeps_what_its_heads_attend_to_at_every_length(case: tuple[Moa,
         }
         for plan, (head, group) in ((p, h) for p in layers for h in enumerate(storage.places[p.layer, :, 0].tolist())):
             span, window = storage.spans[group], plan.window
+            if span is None:  # in prompts vLLM attends to all of it
+                assert window is None or (window.spans(lengths)[:, head].diff() <= 0).all()
+                continue
             assert window is not None
-            if span is not None:
-                wanted = window.spans(lengths)[:, head, 1] * (lengths > policy.dense_up_to)
-                assert (starts[group].diff() >= 0).all() and span.sink >= window.sink[head]
-                assert (starts[group] // PAGE <= wanted // PAGE).all()
+            wanted = window.spans(lengths)[:, head, 1] * (lengths > policy.dense_up_to)
+            assert (starts[group].diff() >= 0).all() and span.sink >= window.sink[head]
+            assert (starts[group] // PAGE <= wanted // PAGE).all()
 
 
 @given(plans())
@@ -127,9 +129,23 @@ def test_ranks_agree_and_there_are_few_groups(case: tuple[Moa, ModelShape]) -> N
     assert None not in spans[1:]
 
 
-@pytest.mark.parametrize("policy", [Dense(), Streaming(sink_tokens=8, recent_tokens=200, min_tokens=0)], ids=str)
-def test_heads_that_keep_every_page_are_one_group(policy: Policy) -> None:
-    assert store_heads(policy, shape(3, 2)).spans == (None,)
+ROUNDED = Streaming(sink_tokens=4, recent_tokens=185, min_tokens=0)  # drops 11 tokens of 200, but no page of 8
+LONGER = Streaming(sink_tokens=8, recent_tokens=200, min_tokens=0)
+
+
+@pytest.mark.parametrize("policy", [Dense(), LONGER, ROUNDED], ids=str)
+def test_heads_that_keep_every_page_are_one_group_and_attend_to_it(policy: Policy) -> None:
+    model = shape(3, 2)
+    assert store_heads(policy, model).spans == (None,)
+    assert [policy.expected_tokens(plan, 200) for plan in policy.plans(model)] == [200] * 3
+
+
+@pytest.mark.parametrize(("recent", "attended"), [(185, 200), (184, 188)])
+def test_a_window_grows_to_the_pages_that_it_never_frees(recent: int, attended: int) -> None:
+    policy = ROUNDED.model_copy(update={"recent_tokens": recent})
+    assert [policy.expected_tokens(plan, 200) for plan in policy.plans(shape(1, 2))] == [attended]
+    shared = policy.model_copy(update={"kv_memory": "shared"})
+    assert [shared.expected_tokens(plan, 200) for plan in shared.plans(shape(1, 2))] == [4 + recent]
 
 
 def tokens(storage: Storage, model: ModelShape) -> int:

@@ -44,7 +44,7 @@ class Moa(WindowPolicy):
     def dense_up_to(self) -> int:
         return max(self.min_tokens, self.minimum_tokens)
 
-    def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
+    def window_plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         plan = load_artifact(self.artifact, "moa")
         plan.check(model)
         alpha, beta = (_my_groups(plan.tensors[name], model) for name in ("alpha", "beta"))

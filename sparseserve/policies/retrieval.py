@@ -58,7 +58,7 @@ class Retrieval(WindowPolicy):
     def host_bound(self) -> str:
         return "compensate" if self.compensate else ""  # the pages that a row drops differ in number from row to row
 
-    def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
+    def window_plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         heads = load_artifact(self.artifact, "retrieval").resolve(model)
         retrieval = self.retrieval_heads(heads, heads.kv_heads or model.heads.kv_heads * model.ranks)
         return tuple(

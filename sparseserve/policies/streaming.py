@@ -26,7 +26,7 @@ class Streaming(WindowPolicy):
     def dense_up_to(self) -> int:
         return max(self.min_tokens, self.sink_tokens + self.recent_tokens)
 
-    def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
+    def window_plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         window = Window(
             sink=torch.tensor([self.sink_tokens], dtype=torch.int32),
             alpha=torch.tensor([[self.sink_tokens + self.recent_tokens]], dtype=torch.float64),

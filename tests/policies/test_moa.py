@@ -114,7 +114,7 @@ def test_ranks_take_their_own_heads() -> None:
     policy = Moa(artifact=moa_plan([[*range(0, 800, 100)]], [[0.5] * 8]))
     half = HeadShape(kv_heads=2, group=2, head_dim=32)
     for rank, first in enumerate((0, 400)):
-        (plan,) = policy.plans(ModelShape("m", 1, half, 768, PAGE, rank=rank, ranks=2))
+        (plan,) = policy.plans(ModelShape("m", 1, half, 8192, PAGE, rank=rank, ranks=2))
         assert plan.role is Role.WINDOW and plan.window is not None
         assert plan.window.alpha.tolist() == [[first, first + 100], [first + 200, first + 300]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def test_every_head_computes_what_it_would_alone() -> None:
 def test_sink_and_recent_tokens_are_the_artifacts(
     of_artifact: dict[str, int], given: dict[str, int], kept: tuple[int, int]
 ) -> None:
-    plan = Retrieval(artifact=head_map([[1, 0]] * 3, **of_artifact), **given).plans(MODEL)[0]
+    plan = Retrieval(artifact=head_map([[1, 0]] * 3, **of_artifact), **given).plans(replace(MODEL, max_len=8192))[0]
     assert plan.window is not None
     assert (plan.window.sink[1].item(), plan.window.alpha[1, 0].item()) == kept
 
@@ -126,7 +127,7 @@ def test_sink_and_recent_tokens_are_the_artifacts(
 def test_ranks_take_their_own_heads() -> None:
     policy = Retrieval(artifact=head_map([[1, 0, 1, 1], [0, 0, 0, 1]]))
     half = HeadShape(kv_heads=2, group=2, head_dim=32)
-    plans = [policy.plans(ModelShape("m", 2, half, 448, PAGE, rank=rank, ranks=2)) for rank in range(2)]
+    plans = [policy.plans(ModelShape("m", 2, half, 8192, PAGE, rank=rank, ranks=2)) for rank in range(2)]
     assert [[plan.role for plan in rank] for rank in plans] == [[Role.WINDOW] * 2, [Role.DENSE, Role.WINDOW]]
     assert plans[1][1].window is not None and plans[1][1].window.beta.flatten().tolist() == [0, 1]
 
