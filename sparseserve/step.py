@@ -12,6 +12,8 @@ from sparseserve.ops import step_scratch
 from sparseserve.policies.base import Policy
 from sparseserve.types import CPU, HeadShape, LayerPlan, Measurement, PageTable, Selection, Step, Window
 
+PROMPT_PIECE = 128  # tokens of a prompt that windowed heads attend for at a time; on CUDA at least
+
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
@@ -26,8 +28,10 @@ class StepMemory:
         shape = rows, heads.selection_heads(policy.head_scope), policy.scored_units(max_len)
         # Untouched memory costs nothing on the CPU: only the rows and lengths in use are ever written.
         scores = torch.empty(shape, device=device)
-        on_cpu = device.type == "cpu"
-        return cls(scores, None if on_cpu else step_scratch(rows, heads.query_heads, heads.head_dim, device))
+        if device.type == "cpu":
+            return cls(scores, None)
+        most = max(rows, PROMPT_PIECE) if policy.frees_pages else rows
+        return cls(scores, step_scratch(most, heads.query_heads, heads.head_dim, device))
 
     @property
     def nbytes(self) -> int:

@@ -19,10 +19,8 @@ from sparseserve.decode import SparseLayer
 from sparseserve.plugin.heads import HeadGroups
 from sparseserve.plugin.metadata import decode_rows, rows_from
 from sparseserve.policies import Policy
-from sparseserve.step import StepBuffers
+from sparseserve.step import PROMPT_PIECE, StepBuffers
 from sparseserve.types import PagedKV, PageTable, Selection, Step
-
-PIECE = 128  # tokens of a prompt that kernels take at a time on the CPU, so that what they leave stays in its caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +112,8 @@ class GroupedHeads:
     def __init__(self, groups: HeadGroups, layer: int, scratch: Tensor | None) -> None:
         storage, heads, device = groups.storage, groups.model.heads, groups.tables.device
         self.groups, self.scratch = groups, scratch
-        self.piece = PIECE if scratch is None else groups.rows  # tokens of a prompt at a time
+        # Tokens of a prompt at a time: on the CPU what they leave stays in its caches, on CUDA `scratch` holds as many.
+        self.piece = PROMPT_PIECE if scratch is None else max(PROMPT_PIECE, groups.rows)
         self.places = storage.places[layer].to(device)
         full = storage.heads(layer, 0) if storage.spans[0] is None else []
         windowed = [head for head in range(heads.kv_heads) if head not in full]

@@ -21,7 +21,6 @@ from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_m
 
 from sparseserve import ops
 from sparseserve.errors import UnsupportedError
-from sparseserve.ops import step_scratch
 from sparseserve.plugin import metrics, stats, window_cache
 from sparseserve.plugin.backend_cuda import SparseCUDABackend
 from sparseserve.policies import Dense, Moa, Policy, Retrieval, Streaming
@@ -44,17 +43,20 @@ Start = Callable[..., GroupedWorker]
 def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
     """Layers with one, no and only heads that keep everything; one group; six groups of three spans."""
     folder = tmp_path_factory.mktemp("artifacts")
-    heads, plan = folder / "heads.json", folder / "plan.json"
+    heads, plan, rounded = folder / "heads.json", folder / "plan.json", folder / "rounded.json"
     heads.write_text(json.dumps({"0": [0], "1": [], "2": [0, 1]}))
     alphas = [[0, 0, 128, 128], [128, 128, 128, 64], [200, 128, 128, 200]]
     betas = [[0, 1, 0, 0], [0, 0, 0.3, 0.2], [0, 0.2, 0, 0]]
     plan.write_text(json.dumps({"alphas": alphas, "betas": betas}))
+    # At 448 tokens 350 of them leave a gap, but no page of 64 that is free.
+    rounded.write_text(json.dumps({"alphas": [[350, 350, 128, 128]] * LAYERS, "betas": [[0] * 4] * LAYERS}))
     windows: dict[str, Any] = {"artifact": str(heads), "sink_tokens": 16, "recent_tokens": 112}
     return {
         "retrieval": Retrieval(**windows, min_tokens=0),
         "retrieval-long": Retrieval(**windows, min_tokens=200),
         "streaming": Streaming(sink_tokens=0, recent_tokens=100, min_tokens=0),
         "moa": Moa(artifact=str(plan), min_tokens=0),
+        "rounded": Moa(artifact=str(rounded), sink_tokens=16, min_tokens=0),
     }
 
 
@@ -81,8 +83,12 @@ def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not target.has_simulator():
         pytest.skip(target.NO_SIMULATOR)
 
-    def allocate(policy: Policy, heads: Any, rows: int, max_len: int, device: torch.device) -> StepMemory:
-        return StepMemory(torch.empty(rows, 1, 0), step_scratch(rows, heads.query_heads, heads.head_dim, device))
+    measured = StepMemory.allocate
+
+    def allocate(*arguments: Any) -> StepMemory:
+        like = measured(*arguments[:-1], torch.device("meta"))
+        assert like.scratch is not None
+        return StepMemory(torch.zeros(like.scores.shape), torch.zeros(like.scratch.shape))
 
     monkeypatch.setattr(StepMemory, "allocate", allocate)
     with target.simulated(Layout.LBHNC):
@@ -191,6 +197,19 @@ def test_prompts_attend_to_the_same_windows_whatever_their_chunks(
         for layer, mine in enumerate(heads):
             if mine.windowed is not None:
                 assert torch.equal(out[layer][:, mine.windowed.query], whole[layer][:, mine.windowed.query])
+
+
+def test_heads_that_free_no_page_attend_to_everything_in_prompts_and_in_decode(
+    start: Start, simulator: None, tokens: tuple[Tensor, ...], policies: dict[str, Policy]
+) -> None:
+    policy = policies["rounded"]
+    worker, plans = start(policy), policy.plans(SHAPE)
+    assert [layer.impl._heads.full.kv.tolist() for layer in worker.layers] == [[0]] * LAYERS
+    assert all(masks(policy, plan, MAX_LEN)[0, -1].all() for plan in plans)
+    expected = expected_prompt(policy, tokens, 1)
+    for chunks in ([448], [446, 1, 1]):
+        out = prompt(start(policy), tokens, 1, chunks)
+        torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_a_replayed_step_reads_what_the_builder_wrote_for_its_batch(
