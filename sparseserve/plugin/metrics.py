@@ -33,7 +33,11 @@ DECODE_ROWS = Counter(
     "sparseserve_decode_rows", "Rows decoded under the policy, one per request and step.", ["policy"], registry=WORKER
 )
 DENSE_ROWS = Counter(
-    "sparseserve_dense_rows", "Rows that took vLLM's own attention, by reason.", ["policy", "reason"], registry=WORKER
+    "sparseserve_dense_rows",
+    "Rows that were not decoded under the policy, by reason. They attend to everything, but in their prompt (prefill) "
+    "heads that store only a window attend to that.",
+    ["policy", "reason"],
+    registry=WORKER,
 )
 
 

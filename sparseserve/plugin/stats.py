@@ -25,7 +25,7 @@ class Meter:
 
     def __init__(self, policy: Policy, plans: list[LayerPlan], recall: Recall | None = None, rank: int = 0) -> None:
         self._policy, self._recall = policy.name, recall
-        self._counts_rows = rank == 0  # all ranks of an engine see the same rows
+        self._counts_rows = rank == 0  # all ranks of an engine see the same rows, and free the same pages
         self._layers = {role: [plan for plan in plans if plan.role is role] for role in Role}
         metrics.INFO.labels(**self._labels(), policy=policy.name, version=version("sparseserve")).set(1)
         for role in Role:
@@ -46,14 +46,14 @@ class Meter:
 
     def count_rows(self, split: RowSplit, asked: int = 0) -> None:
         """Count the rows of a step by the path they take, and what they hold; `asked` requests want dense attention."""
+        held, freed = self._memory.hold(split.before, split.after)
         if self._counts_rows:
             self._decode_rows.inc(split.sparse.shape[0])
             self._dense_rows["short"].inc(split.short)
             self._dense_rows["prefill"].inc(split.prefill)
             self._dense_rows["request"].inc(asked)
             self._dense_rows["guard"].inc(int(split.asked.sum()) - asked)
-        held, freed = self._memory.hold(split.before, split.after)
-        metrics.PAGES_FREED.inc(freed)
+            metrics.PAGES_FREED.inc(freed)
         for kind, size in zip(metrics.KV_KINDS, (held.full, held.window, held.summaries, held.dense), strict=True):
             self._kv_bytes[kind].set(size)
 

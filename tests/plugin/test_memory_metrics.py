@@ -28,6 +28,7 @@ PAGE, LONGEST, BLOCKS, CHUNK, ANSWER = 64, 2048, 500, 256, 70
 HEADS = HeadShape(circuits.KV_HEADS, circuits.GROUP, circuits.HEAD_DIM)
 SHAPE = ModelShape("demo", circuits.LAYERS, HEADS, LONGEST, PAGE)
 SCRIPT = Path(__file__).with_name("memory_metrics.py")
+SHORT = {"policy": "streaming", "reason": "short"}
 
 
 def test_an_engine_tells_what_its_pool_holds(model: Path, tmp_path: Path) -> None:
@@ -95,15 +96,17 @@ def test_shared_pages_hold_everything_and_free_nothing() -> None:
     assert (gone, gain) == (0, pytest.approx(32 / 33))
 
 
-def test_rows_are_counted_on_one_rank() -> None:
-    before = value("sparseserve_dense_rows_total", policy="quest", reason="short")
-    lengths = torch.tensor([1, 2], dtype=torch.int32)
+def test_rows_and_what_they_free_are_counted_on_one_rank() -> None:
+    policy = Streaming(sink_tokens=4, recent_tokens=252, min_tokens=0)
+    plans, samples = policy.plans(SHAPE), ("sparseserve_dense_rows_total", "sparseserve_kv_pages_freed_total")
+    meters = [Meter(policy, [*plans], rank=rank) for rank in (0, 1)]
+    before = value(samples[0], **SHORT), value(samples[1])
+    lengths = torch.tensor([1, 379], dtype=torch.int32)  # the second row's window leaves a page behind
     rows = RowSplit(torch.empty(0), torch.empty(2), 2, torch.zeros(2).bool(), lengths - 1, lengths)
-    for rank in (0, 1):
-        meter = Meter(Quest(), [*Quest().plans(SHAPE)], rank=rank)
-        meter.set_memory(predict_memory(Quest(), Quest().plans(SHAPE), SHAPE, element_bytes=2), LONGEST)
+    for meter in meters:
+        meter.set_memory(predict_memory(policy, plans, SHAPE, element_bytes=2), LONGEST)
         meter.count_rows(rows)
-    assert value("sparseserve_dense_rows_total", policy="quest", reason="short") == before + 2
+    assert (value(samples[0], **SHORT), value(samples[1])) == (before[0] + 2, before[1] + 1)
 
 
 class TwoWorkers:
