@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -55,6 +55,10 @@ class Stored:
     def ratio(self) -> float:
         """How many times less than dense attention."""
         return self.dense / self.bytes
+
+    def over(self, needed: int) -> float:
+        """What pages cost over `needed` bytes, as a share: rounded windows, empty slots and padding."""
+        return (self.full + self.window) / needed - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,12 @@ def needed_bytes(policy: Policy, plans: Sequence[LayerPlan], model: ModelShape, 
     """Bytes of the pages that every KV head by itself needs for a row of `length` tokens, if none was rounded up."""
     pages = sum(HeadGroup(span, 1, 1).pages(length, model.page_size) for span in _spans(policy, plans, model))
     return pages * model.page_size * 2 * model.heads.head_dim * element_bytes
+
+
+def emptiest_rank(policy: Policy, model: ModelShape, element_bytes: int) -> ModelShape:
+    """The rank whose heads need least of the longest row; it stores as much as the others."""
+    ranks = [replace(model, rank=rank) for rank in range(model.ranks)]
+    return min(ranks, key=lambda rank: needed_bytes(policy, policy.plans(rank), rank, element_bytes, rank.max_len))
 
 
 def _spans(policy: Policy, plans: Sequence[LayerPlan], model: ModelShape) -> Iterator[Span | None]:

@@ -108,6 +108,9 @@ def group_problems(vllm_config: VllmConfig, policy: Policy) -> Iterator[Problem]
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         allowed = "not set with kv_memory = per_head: vLLM would keep everything for every head"
         yield Problem("--disable-hybrid-kv-cache-manager", "true", allowed, remedy=f"drop it, or {shared}")
+    if interval := vllm_config.cache_config.prefix_cache_retention_interval:
+        allowed = "0 with kv_memory = per_head: windows cache every full page until it is evicted"
+        yield Problem("--prefix-cache-retention-interval", interval, allowed, remedy="drop it")
     if layout not in (None, PAGES_FIRST):
         allowed = f"{PAGES_FIRST}, or unset, with kv_memory = per_head: a page is one run of memory for all layers"
         yield Problem("VLLM_KV_CACHE_LAYOUT", layout, allowed, remedy=f"unset it, or {shared}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sparseserve.config import PolicySource
 from sparseserve.cost import StepCost, step_cost, token_bytes
 from sparseserve.errors import ConfigError
-from sparseserve.memory import Memory, Stored, needed_bytes, predict_memory
+from sparseserve.memory import Memory, Stored, emptiest_rank, needed_bytes, predict_memory
 from sparseserve.plan import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.server.checks import check_supported, model_shape, plan_layers
@@ -19,7 +19,7 @@ LENGTHS = (4096, 32768, 131072)  # tokens, as far as the model goes
 
 @dataclass(frozen=True, slots=True)
 class RowMemory:
-    """What one row of `length` tokens stores on one rank."""
+    """What one row of `length` tokens stores on the rank with most empty slots."""
 
     length: int
     stored: Stored
@@ -28,7 +28,7 @@ class RowMemory:
     @property
     def rounding(self) -> float:
         """What windows that were rounded up and empty slots cost, as a share of what the heads need."""
-        return (self.stored.full + self.stored.window) / self.needed - 1
+        return self.stored.over(self.needed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Explanation:
     kv_bytes: int  # of one token in one layer, on one rank
     summary_bytes: int  # of one page in one layer, on one rank
     steps: tuple[StepCost, ...]
-    memory: Memory
+    memory: Memory  # of the rank with most empty slots
     rows: tuple[RowMemory, ...]  # of the same lengths as the steps
 
 
@@ -59,9 +59,11 @@ def explain(source: PolicySource, argv: list[str], lengths: Sequence[int]) -> Ex
     except ConfigError as error:
         raise source.locate(error, args.model) from None
     element_bytes = config.model_config.dtype.itemsize
-    memory = predict_memory(policy, plans, model, element_bytes)
+    rank = emptiest_rank(policy, model, element_bytes)
+    own = policy.plans(rank)
+    memory = predict_memory(policy, own, rank, element_bytes)
     lengths = _lengths(lengths, model)
-    needed = [needed_bytes(policy, plans, model, element_bytes, length) for length in lengths]
+    needed = [needed_bytes(policy, own, rank, element_bytes, length) for length in lengths]
     return Explanation(
         policy,
         model,

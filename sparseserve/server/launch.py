@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from sparseserve import ops
 from sparseserve.config import ADDITIONAL_CONFIG, WORKERS, PolicySource, find_policy, to_dict
 from sparseserve.errors import ConfigError, Problem, SparseServeError, UnsupportedError
-from sparseserve.memory import Memory, predict_memory
+from sparseserve.memory import emptiest_rank, needed_bytes, predict_memory
 from sparseserve.options import aliases, own_names
+from sparseserve.plan import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.server.supervise import SERVER_ENDED
 from sparseserve.types import LayerPlan, Role
@@ -103,8 +104,7 @@ def prepare(source: PolicySource, argv: list[str]) -> Launch:
         plans = plan_layers(config, policy, shape)
     except ConfigError as error:
         raise source.locate(error, args.model) from None
-    memory = predict_memory(policy, plans, shape, config.model_config.dtype.itemsize)
-    return Launch(args, command_line(argv), summary(config, policy, plans, memory))
+    return Launch(args, command_line(argv), summary(config, policy, plans, shape))
 
 
 def check_api_servers(args: argparse.Namespace) -> None:
@@ -255,12 +255,11 @@ def command_line(argv: list[str]) -> str:
     return shlex.join([*plugins, "vllm", "serve", *argv])
 
 
-def summary(config: VllmConfig, policy: Policy, plans: Sequence[LayerPlan], memory: Memory) -> str:
+def summary(config: VllmConfig, policy: Policy, plans: Sequence[LayerPlan], model: ModelShape) -> str:
     """What the policy will do, in one line."""
     length = config.model_config.max_model_len
     roles = {role: [plan.layer for plan in plans if plan.role is role] for role in Role}
     attended = sum(policy.expected_tokens(plan, length) for plan in plans)
-    gain = memory.row(length).ratio
     backend = f"CPU_ATTN ({ops.isa()})" if config.device_config.device_type == "cpu" else "CUSTOM (cuda)"
     parts = [
         " ".join(f"{key}={value}" for key, value in to_dict(policy).items()),
@@ -268,9 +267,19 @@ def summary(config: VllmConfig, policy: Policy, plans: Sequence[LayerPlan], memo
         f"backend {backend}",
         f"runner {'V2' if config.use_v2_model_runner else 'V1'}",
         f"attends to {attended / (length * len(plans)):.1%} of the KV cache per step at {length} tokens",
-        f"stores {1 / gain:.1%} of dense attention's ({gain:.2f}x less)",
+        _stored(policy, model, config.model_config.dtype.itemsize),
     ]
     return "sparseserve: " + "; ".join(parts)
+
+
+def _stored(policy: Policy, model: ModelShape, element_bytes: int) -> str:
+    """What the longest row stores, on the rank with most empty slots."""
+    rank = emptiest_rank(policy, model, element_bytes)
+    plans = policy.plans(rank)
+    row = predict_memory(policy, plans, rank, element_bytes).row(rank.max_len)
+    cost = row.over(needed_bytes(policy, plans, rank, element_bytes, rank.max_len))
+    waste = f"; rounded windows and empty slots cost {cost:.1%}" if policy.frees_pages else ""
+    return f"stores {1 / row.ratio:.1%} of dense attention's ({row.ratio:.2f}x less){waste}"
 
 
 def ranges(layers: Iterable[int]) -> str:

@@ -75,6 +75,18 @@ def test_heads_that_keep_the_same_are_told_with_their_pages(models: dict[str, st
         assert words in output
 
 
+def test_unlike_ranks_are_told_by_the_one_with_most_empty_slots(models: dict[str, str], tmp_path: Path) -> None:
+    lines = {"alphas": [[0, 0, 256, 256]] * 6, "betas": [[1, 1, 0, 0]] * 6}  # all windows on the second rank
+    (plan := tmp_path / "plan.json").write_text(json.dumps(lines))
+    flags = ["--policy", "moa", "--set", f"artifact={plan}", "--block-size", "64", "--tensor-parallel-size", "2"]
+    told = explained(models["llama"], *flags, "--lengths", "8192")
+    (row,) = told["memory"]["rows"]
+    full, window = row["groups"]
+    assert (full["kv_heads"], full["empty_slots"], window["kv_heads"]) == (0, told["memory"]["page_slots"], 6)
+    needed = 6 * 4 * 64 * 2 * 64 * 2  # a page of the sink and three of the window
+    assert row["rounding_cost"] == pytest.approx(row["bytes"] / needed - 1) and row["rounding_cost"] > 10
+
+
 def test_windows_of_many_lengths_are_rounded_up(models: dict[str, str], tmp_path: Path) -> None:
     betas = [[0.02 * (layer + 1), 0.02 * (layer + 1), 0.1, 0.1] for layer in range(6)]
     (plan := tmp_path / "plan.json").write_text(json.dumps({"alphas": [[128] * 4] * 6, "betas": betas}))

@@ -120,6 +120,11 @@ def test_what_keeps_heads_from_freeing_pages_is_refused(
     assert start(models["llama"], *flags, policy="streaming", sets=("kv_memory=shared",)).summary
 
 
+def test_prefixes_of_windows_are_not_thinned_out(models: dict[str, str]) -> None:
+    with pytest.raises(UnsupportedError, match="--prefix-cache-retention-interval = 256 .*per_head.* drop it"):
+        start(models["llama"], "--prefix-cache-retention-interval", "256", policy="streaming")
+
+
 def test_poison_needs_scheduler_and_worker_in_one_process(
     models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +173,8 @@ def test_the_summary_says_what_the_policy_will_do(models: dict[str, str]) -> Non
 @pytest.mark.parametrize(
     ("policy", "sets", "told"),
     [
-        ("streaming", (), "stores 14.1% of dense attention's (7.11x less)"),  # 9 of 64 pages of 128 tokens
+        # 9 of 64 pages of 128 tokens
+        ("streaming", (), "stores 14.1% of dense attention's (7.11x less); rounded windows and empty slots cost 0.0%"),
         ("streaming", ("kv_memory=shared",), "stores 100.0% of dense attention's (1.00x less)"),
         ("quest", (), "stores 103.1% of dense attention's (0.97x less)"),  # two vectors for 32 tokens
     ],
