@@ -101,9 +101,9 @@ def choose(judged: Sequence[Judged], baseline: Judged, objective: Objective, max
             return Verdict(None, f"no setting within {max_loss:.1%} is faster than vLLM beyond the noise ({noise:.1%})")
         best = max(faster, key=lambda one: (one.speedup or 0, -one.density))
         return Verdict(best, f"the fastest of {len(faster)} faster settings that lose at most {max_loss:.1%}")
-    smaller = [one for one in measured if one.density < baseline.density]
+    smaller = [one for one in measured if (one.stored, one.density) < (baseline.stored, baseline.density)]
     if not smaller:
-        return Verdict(None, f"no setting within {max_loss:.1%} reads less of the cache than dense attention")
+        return Verdict(None, f"no setting within {max_loss:.1%} stores less than vLLM, or as much and reads less")
     best = min(smaller, key=lambda one: (one.stored, one.density))
     return Verdict(best, f"stores least, then reads least, of {len(smaller)} settings that lose at most {max_loss:.1%}")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, groupby
+from itertools import chain
+from operator import itemgetter
 
-from sparseserve.config import find_policy
+from sparseserve.config import find_policy, to_dict
 from sparseserve.errors import ConfigError, SparseServeError
 from sparseserve.evaluation.request import Setting
 from sparseserve.evaluation.results import SettingResult
@@ -39,9 +41,11 @@ def _exists(setting: Setting) -> bool:
 
 def families(settings: Sequence[Setting]) -> list[list[Setting]]:
     """Settings that differ in their budget alone, the largest budget first."""
-    order = {(one.policy, one.pairs[:-1]): index for index, one in reversed(list(enumerate(settings)))}
-    keyed = sorted(settings, key=lambda one: (order[one.policy, one.pairs[:-1]], -_budget(one)))
-    return [list(group) for _, group in groupby(keyed, key=lambda one: (one.policy, one.pairs[:-1]))]
+    found: dict[str, list[tuple[int, Setting]]] = {}
+    for setting in settings:
+        rest, budget = _budget(setting)
+        found.setdefault(rest, []).append((budget, setting))
+    return [[one for _, one in sorted(family, key=itemgetter(0), reverse=True)] for family in found.values()]
 
 
 def descend(
@@ -87,6 +91,9 @@ def fitting(
     return stored, refused
 
 
-def _budget(setting: Setting) -> int:
-    values = setting.values()
-    return int(values.get("budget_tokens", values.get("recent_tokens", 0)))
+def _budget(setting: Setting) -> tuple[str, int]:
+    """All values of a setting but its budget, and that in tokens; 0 for a policy without one."""
+    values = to_dict(setting.load())
+    key = next((key for key in ("budget_tokens", "recent_tokens") if values.get(key)), None)
+    budget = values.pop(key) if key else 0
+    return json.dumps(values), budget

@@ -65,6 +65,15 @@ def test_memory_takes_what_stores_least_then_reads_least(lab: Lab) -> None:
     assert choose([reads, small], baseline, "memory", 0.01, noise=0.0).chosen is small
 
 
+def test_memory_does_not_take_what_stores_more_than_vllm(lab: Lab) -> None:
+    dense = lab.setting("dense", {"single": RIGHT}, density=1.0)
+    baseline = lab.judged(dense, dense)
+    reads_less = lab.setting("quest", {"single": RIGHT}, density=0.1)
+    verdict = choose([lab.judged(reads_less, dense, stored=103.0)], baseline, "memory", 0.01, noise=0.0)
+    assert verdict.chosen is None and "stores less" in verdict.reason
+    assert choose([lab.judged(reads_less, dense)], baseline, "memory", 0.01, noise=0.0).chosen is not None
+
+
 def test_an_unmeasured_speed_is_not_recommended(lab: Lab) -> None:
     dense = lab.setting("dense", {"single": RIGHT}, ms=20, density=1.0)
     result = lab.setting("quest", {"single": RIGHT})

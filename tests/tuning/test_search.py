@@ -122,6 +122,28 @@ def test_families_differ_in_the_budget_alone() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("policies", "expected"),
+    [
+        ("moa:artifact=a,moa:artifact=b", [["moa:artifact=a"], ["moa:artifact=b"]]),
+        (
+            "retrieval:artifact=a:share=0.5,retrieval:artifact=a",
+            [["retrieval:artifact=a:share=0.5"], ["retrieval:artifact=a"]],
+        ),
+        (
+            "tidal:budget_tokens=64:reselect_layer=3,tidal:budget_tokens=512:reselect_layer=4",
+            [["tidal:budget_tokens=64:reselect_layer=3"], ["tidal:budget_tokens=512:reselect_layer=4"]],
+        ),
+        (
+            "quest:budget-tokens=512:bound=min_max,quest:bound=mean_std:budget_tokens=256,quest",  # 1024 of itself
+            [["quest:budget-tokens=512:bound=min_max"], ["quest", "quest:bound=mean_std:budget_tokens=256"]],
+        ),
+    ],
+)
+def test_the_budget_is_told_by_its_key_wherever_it_stands(policies: str, expected: list[list[str]]) -> None:
+    assert [[str(one) for one in family] for family in families(settings(policies, []))] == expected
+
+
 def test_usual_budgets() -> None:
     assert budgets([2048, 8192]) == [256, 512, 1024, 2048, 4096]
     assert budgets([300]) == [256]
