@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sparseserve.cli.numbers import shares, whole_numbers
-from sparseserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from sparseserve.evaluation.results import AtLength, Results, SettingResult
@@ -46,8 +45,6 @@ def evaluate(
     from sparseserve.evaluation.tasks import TASKS
     from sparseserve.files import write_atomically
 
-    if model.startswith("-"):
-        raise ConfigError("MODEL", model, "the model, before any option", remedy="write sparseserve eval MODEL ...")
     request = Request(
         model=model,
         settings=settings(policies, whole_numbers("--budgets", budgets) if budgets else []),

@@ -9,12 +9,14 @@ from typing import Any
 
 from openai import BadRequestError, OpenAI
 
+from sparseserve.demo.questions import prose
 from sparseserve.errors import SparseServeError
 from sparseserve.evaluation.exact import fit
 from sparseserve.evaluation.tasks import Draft
 from sparseserve.server.process import Server
 
 TIMEOUT = 3600.0  # seconds without a byte; a long prompt takes its time on a CPU
+SOME_TEXT = 4096  # characters
 FORCED = "forced_tokens"  # what plugin/forcing.py reads
 
 
@@ -38,7 +40,7 @@ class Client:
         self.max_tokens: int = card.max_model_len
         self._chats = self._has_chat_template()
         self._spaces = self.tokens("is 7")[:-1] == self.tokens("is ")  # whether a space is a token of its own
-        self._size = 4.0  # characters of a token, learned from every prompt
+        self._size = self._token_size()
 
     def tokens(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text, with or without those that begin a prompt."""
@@ -51,9 +53,7 @@ class Client:
         Where the first token of an answer begins with a space, the question does not end with one.
         """
         draft = draft if self._spaces else replace(draft, question=draft.question.rstrip(" "))
-        prompt = fit(draft, length, self._count, self._size)
-        self._size = len(prompt) / length
-        return prompt
+        return fit(draft, length, self._count, self._size)
 
     def ask(self, prompt: str, length: int, max_tokens: int) -> Answer:
         """Greedy answer to a prompt of `length` tokens."""
@@ -100,6 +100,11 @@ class Client:
         body = {"messages": _message(prompt)} if self._chats else {"prompt": prompt}
         count: int = self._tokenize(**body)["count"]
         return count
+
+    def _token_size(self) -> float:
+        """Characters of a token in some text; what earlier prompts tell would give a resumed run other prompts."""
+        text = prose(SOME_TEXT, 0)
+        return len(text) / len(self.tokens(text))
 
     def _has_chat_template(self) -> bool:
         try:

@@ -26,6 +26,18 @@ class Examiner:
     request: Request
     prompts: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
+    def check(self, client: Client) -> None:
+        """Raise ConfigError for a length that leaves no room to answer, before any is measured."""
+        request = self.request
+        for length in request.lengths:
+            drafts = (
+                draft(task, length, depth, sample, request.seed)
+                for task, depth in cells(request)
+                for sample in range(request.samples)
+            )
+            answer = max(question.answer_tokens for question in drafts)
+            _check_room(client, length, answer if request.text is None else max(answer, FORCED_CHARACTERS))
+
     def measure(self, client: Client, piece: Piece) -> dict[str, Any]:
         """The finding of a piece, JSON-able; its keys are those that `assemble` reads."""
         match piece.kind:
@@ -62,14 +74,12 @@ class Examiner:
     def _text(self, client: Client, piece: Piece) -> dict[str, Any]:
         text = self.request.read_text()
         assert text is not None
-        _check_room(client, piece.length, FORCED_CHARACTERS)
         total, counted = bits(client, text, piece.length, self.request.samples)
         return {"bits": total, "bytes": counted}
 
     def _ask(self, client: Client, length: int, task: str, depth: float | None, sample: int) -> tuple[float, Answer]:
         """An answer and its score."""
         question = draft(task, length, depth, sample, self.request.seed)
-        _check_room(client, length, question.answer_tokens)
         prompt = self._prompt(client, question, (length, task, depth, sample))
         answer = client.ask(prompt, length, question.answer_tokens)
         return question.score(answer.text), answer

@@ -22,8 +22,7 @@ def bits(client: Client, text: str, length: int, stretches: int) -> tuple[float,
     total, counted = 0.0, 0
     begin = _begin(client)
     for start in _starts(client, text, length, stretches):
-        known = client.tokens(text[max(0, start - length * LONGEST_TOKEN) : start])
-        context = [*begin, *known[len(begin) - length :]]
+        context = [*begin, *_context(client, text, start, length)[len(begin) :]]
         if len(context) != length:
             raise _too_short(length)
         forced = text[start : start + FORCED_CHARACTERS]
@@ -39,10 +38,17 @@ def _begin(client: Client) -> list[int]:
     return whole[: whole.index(plain[0])]
 
 
+def _context(client: Client, text: str, start: int, length: int) -> list[int]:
+    """The last `length` tokens before `start`, or what there is of them."""
+    return client.tokens(text[max(0, start - length * LONGEST_TOKEN) : start])[-length:]
+
+
 def _starts(client: Client, text: str, length: int, stretches: int) -> Iterator[int]:
     """Where stretches begin: evenly over the text, behind enough context, without overlap."""
     head = text[: length * LONGEST_TOKEN]
     first = math.ceil(1.1 * len(head) * length / len(client.tokens(head)))  # characters that hold `length` tokens
+    while first < len(text) and len(_context(client, text, first, length)) < length:
+        first += math.ceil(first / 10)  # the first of them are longer ones
     room = len(text) - first
     count = min(stretches, room // FORCED_CHARACTERS)
     if count < 1:

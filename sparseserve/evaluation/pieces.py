@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from sparseserve.evaluation.request import Request, Setting
@@ -23,6 +26,12 @@ class Piece:
     def __str__(self) -> str:
         words = [self.kind, self.task, f"{self.length} tokens", "" if self.depth is None else f"at {self.depth:g}"]
         return f"{self.setting}: {' '.join(filter(None, words))}"
+
+    @property
+    def key(self) -> str:
+        """In a journal: what is measured, and with which bytes of an artifact."""
+        artifact = self.setting.values().get("artifact")
+        return str(self) if artifact is None else f"{self}, artifact {_sha256(Path(artifact))}"
 
     @property
     def served(self) -> Setting:
@@ -52,3 +61,19 @@ def cells(request: Request) -> Iterator[tuple[str, float | None]]:
     """Tasks, each at every depth where it has one."""
     for task in request.tasks:
         yield from ((task, depth) for depth in (request.depths if TASKS[task].placed else (None,)))
+
+
+def _sha256(artifact: Path) -> str:
+    """Of a file and the config.json beside it, or of all that is in a folder."""
+    files = artifact.rglob("*") if artifact.is_dir() else (artifact, artifact.with_name("config.json"))
+    digest = hashlib.sha256()
+    for file in sorted(filter(Path.is_file, files)):
+        state = file.stat()
+        digest.update(_sha256_of_file(file, state.st_size, state.st_mtime_ns))
+    return digest.hexdigest()
+
+
+@cache
+def _sha256_of_file(file: Path, size: int, changed: int) -> bytes:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()

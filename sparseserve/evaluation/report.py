@@ -68,7 +68,7 @@ def _setting(request: Request, setting: Setting, found: Journal) -> SettingResul
 
 
 def _cell(request: Request, piece: Piece, found: Journal) -> Cell:
-    scores = found.get(str(piece))["scores"]
+    scores = found.get(piece.key)["scores"]
     low, high = interval(scores, TASKS[piece.task].exact, request.seed)
     depths = request.depths if piece.depth is None else (piece.depth,)
     alone: dict[str, Any] = {"settings": (piece.setting,), "lengths": (piece.length,), "tasks": (piece.task,)}
@@ -86,15 +86,15 @@ def _cell(request: Request, piece: Piece, found: Journal) -> Cell:
 
 
 def _length(request: Request, setting: Setting, length: int, found: Journal) -> AtLength:
-    asked = [found.get(str(Piece("cell", setting, length, task, depth))) for task, depth in cells(request)]
+    asked = [found.get(Piece("cell", setting, length, task, depth).key) for task, depth in cells(request)]
     times = [time for cell in asked for time in cell["times"]]
-    text = found.get(str(Piece("text", setting, length)))
+    text = found.get(Piece("text", setting, length).key)
     return AtLength(
         length=length,
         density=_share(asked),
         ms_per_token=1000 * median(seconds / steps for seconds, steps in times) if times else None,
         timed_tokens=sum(steps for _, steps in times),
-        recall=found.get(str(Piece("recall", setting, length))).get("recall"),
+        recall=found.get(Piece("recall", setting, length).key).get("recall"),
         bits_per_byte=text["bits"] / text["bytes"] if text else None,
         scored_bytes=text.get("bytes", 0),
         command=request.part(settings=(setting,), lengths=(length,)),

@@ -102,6 +102,8 @@ class Request(BaseModel):
 
     def check(self) -> None:
         """Raise ConfigError for what can be known to be wrong before a server starts."""
+        if self.model.startswith("-"):
+            raise ConfigError("MODEL", self.model, "the model, before any option", remedy="write MODEL first")
         for flag, given in (("--lengths", self.lengths), ("--depths", self.depths), ("--tasks", self.tasks)):
             if not given:
                 raise ConfigError(flag, "nothing", "at least one", remedy=f"give {flag}, or leave it out")
@@ -114,6 +116,8 @@ class Request(BaseModel):
         for flag, number in [("--samples", self.samples), *(("--lengths", length) for length in self.lengths)]:
             if number < 1:
                 raise ConfigError(flag, number, "at least 1", remedy="give a whole number from 1 on")
+        if self.seed < 0:
+            raise ConfigError("--seed", self.seed, "0 or more", remedy="give a whole number from 0 on")
         _check_environment()
         self.read_text()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from subprocess import TimeoutExpired
@@ -19,13 +18,14 @@ from sparseserve.evaluation.client import Client
 from sparseserve.evaluation.journal import journal
 from sparseserve.evaluation.measure import Examiner
 from sparseserve.evaluation.pieces import pieces
-from sparseserve.evaluation.report import assemble
+from sparseserve.evaluation.report import assemble, versions
 from sparseserve.evaluation.request import Request, Setting
 from sparseserve.evaluation.results import Results
 from sparseserve.server.process import SERVE, Server, running
 
 V1_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 FORCING = ["--logits-processors", "sparseserve.plugin.forcing:ForcedTokens"]
+STARTUP_TIMEOUT = 3600.0  # seconds; large weights take their time from a network
 END = 10.0  # seconds that a dying server may take to be gone
 LAST_WORDS = 3000  # characters of a log
 
@@ -41,7 +41,7 @@ def serve(request: Request, setting: Setting) -> Iterator[Server]:
         command, env = [*command, *FORCING], V1_RUNNER
     with TemporaryDirectory() as folder, ExitStack() as stack:
         try:
-            server = stack.enter_context(running(command, Path(folder) / "server.log", env))
+            server = stack.enter_context(running(command, Path(folder) / "server.log", env, STARTUP_TIMEOUT))
         except RuntimeError as error:
             raise SparseServeError(f"{setting}: {error}") from None
         yield server
@@ -63,17 +63,18 @@ def evaluate(
     examiner = Examiner(request)
     with journal(partial, _asked(request)) as found:
         every = list(pieces(request))
-        missing = [(done, piece) for done, piece in enumerate(every) if str(piece) not in found]
+        missing = [(done, piece) for done, piece in enumerate(every) if piece.key not in found]
         for setting, group in groupby(missing, key=lambda one: one[1].served):
             mine = list(group)
             progress(mine[0][0], len(every), f"{setting}: starting its server")
             with serve(request, setting) as server:
                 with _blaming(server, setting, partial):
                     client = Client(server)
+                    examiner.check(client)
                 for done, piece in mine:
                     progress(done, len(every), str(piece))
                     with _blaming(server, piece, partial):
-                        found.add(str(piece), examiner.measure(client, piece))
+                        found.add(piece.key, examiner.measure(client, piece))
         return assemble(request, found, "RESULTS.json" if output is None else str(output))
 
 
@@ -83,10 +84,10 @@ def partial_file(output: Path) -> Path:
 
 
 def _asked(request: Request) -> dict[str, Any]:
-    """What findings depend on beside their setting: only those of the same may be put together."""
+    """What findings depend on beside their setting and its artifact: only those of the same may be put together."""
     text, config = request.read_text(), Path(request.model) / "config.json"
     return {
-        "sparseserve": version("sparseserve"),
+        "versions": versions(),
         **request.model_dump(mode="json", exclude={"settings", "recall"}),
         "text_sha256": text and hashlib.sha256(text.encode()).hexdigest(),
         "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,

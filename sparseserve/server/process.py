@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 
 from sparseserve.server.supervise import stop_with_parent
 
-STARTUP_TIMEOUT = 240.0  # seconds
+STARTUP_TIMEOUT = 240.0  # seconds, of a small model
 SERVE = [sys.executable, "-m", "sparseserve", "serve"]
 
 
@@ -60,8 +59,13 @@ class Server:
 
 
 @contextmanager
-def running(command: Sequence[str], log: Path, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """Start `command` with a free `--port`, wait until it is healthy, stop it at the end, also at our own."""
+def running(
+    command: Sequence[str], log: Path, env: dict[str, str] | None = None, startup_timeout: float = STARTUP_TIMEOUT
+) -> Iterator[Server]:
+    """Start `command` with a free `--port`, wait until it is healthy, stop it at the end, also at our own.
+
+    RuntimeError with the end of its log when it ends before, or is not healthy after so many seconds.
+    """
     port = free_port()
     full = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("wb") as output:
@@ -75,7 +79,7 @@ def running(command: Sequence[str], log: Path, env: dict[str, str] | None = None
         )
         server = Server(f"http://127.0.0.1:{port}", process, log)
         try:
-            _wait(server)
+            _wait(server, startup_timeout)
             yield server
         finally:
             server.stop()
@@ -89,14 +93,14 @@ def free_port() -> int:
         return port
 
 
-def _wait(server: Server) -> None:
-    deadline = time.monotonic() + STARTUP_TIMEOUT
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            break
+def _wait(server: Server, timeout: float) -> None:
+    begun = time.monotonic()
+    while (waited := time.monotonic() - begun) < timeout and server.process.poll() is None:
         try:
             server.get("/health")
             return
-        except (URLError, ConnectionError):
+        except OSError:
             time.sleep(0.5)
-    raise RuntimeError(f"the server did not start:\n{server.log.read_text()[-4000:]}")
+    code = server.process.poll()
+    happened = "the server did not start" if code is None else f"the server ended with exit code {code}"
+    raise RuntimeError(f"{happened} after {waited:.0f} s:\n{server.log.read_text()[-4000:]}")

@@ -24,7 +24,8 @@ class FakeClient(Client):
 
     def __init__(self, split: str) -> None:
         self.split, self.counted = split, 0
-        self._size, self._model, self._chats, self._spaces = 4.0, "fake", False, split == "bytes"
+        self._model, self._chats, self._spaces = "fake", False, split == "bytes"
+        self._size = self._token_size()
 
     def tokens(self, text: str, special: bool = False) -> list[int]:
         """Like a BPE, in that some texts get longer without more tokens."""

@@ -33,7 +33,7 @@ def test_a_run_asks_all_settings_the_same(tmp_path: Path) -> None:
     assert dense == quest and len(dense) == CELLS * 3 / 2
     assert [path for path, _ in fakes.servers[1].requests].count(
         "/tokenize"
-    ) == 3  # to learn how to ask; prompts are known by now
+    ) == 4  # to learn how to ask; prompts are known by now
     assert {cell.score for setting in results.settings for cell in setting.cells} == {1.0}
     at = results.settings[1].lengths[0]
     assert (at.density, at.timed_tokens) == (0.25, 3 * 3 * 7)
@@ -66,6 +66,40 @@ def test_other_arguments_are_refused(tmp_path: Path) -> None:
     other = REQUEST.model_copy(update={"samples": 5})
     with pytest.raises(ConfigError, match=r"samples = 3, not 5.*delete .*RESULTS\.partial\.jsonl"):
         evaluate(other, output, serve=Fakes(tmp_path))
+
+
+def test_other_versions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "RESULTS.json"
+    evaluate(REQUEST, output, serve=Fakes(tmp_path))
+    monkeypatch.setattr(run, "versions", lambda: {"vllm": "0.33.0"})
+    with pytest.raises(ConfigError, match=r"versions = .*, not {'vllm': '0\.33\.0'}"):
+        evaluate(REQUEST, output, serve=Fakes(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["plan.json", "folder/full_attention_heads.tsv"])
+def test_another_artifact_of_the_same_name_is_measured_anew(tmp_path: Path, name: str) -> None:
+    (file := tmp_path / name).parent.mkdir(exist_ok=True)
+    plan = Setting(policy="moa", pairs=(f"artifact={tmp_path / name.split('/')[0]}",))
+    request = REQUEST.model_copy(update={"settings": (Setting(policy="dense"), plan)})
+    output = tmp_path / "RESULTS.json"
+    file.write_text("a plan")
+    evaluate(request, output, serve=Fakes(tmp_path))
+    file.write_text("another plan")
+    fakes = Fakes(tmp_path)
+    evaluate(request, output, serve=fakes)
+    assert fakes.served == [str(plan)]
+
+
+def test_a_resumed_run_asks_what_a_whole_one_asks(tmp_path: Path) -> None:
+    """A question that was not reached before the kill is worded as without one."""
+    whole, resumed = Fakes(tmp_path), Fakes(tmp_path)
+    dense = REQUEST.model_copy(update={"settings": REQUEST.settings[:1]})
+    evaluate(dense, serve=whole)
+    with pytest.raises(SparseServeError):
+        evaluate(dense, tmp_path / "RESULTS.json", serve=Fakes(tmp_path, partial(FakeServer, dies_at=8)))
+    evaluate(dense, tmp_path / "RESULTS.json", serve=resumed)
+    asked = [[body for path, body in one.servers[0].requests if "completions" in path] for one in (whole, resumed)]
+    assert len(asked[1]) == 12 and asked[0][6:] == asked[1]
 
 
 def test_a_command_asks_the_same_questions_again(tmp_path: Path) -> None:
@@ -119,6 +153,7 @@ def test_the_command_writes_results_and_leaves_no_partial_file(tmp_path: Path, m
         ("--policies dense --lengths 2k", ["--lengths = 2k", "4096,32768"]),
         ("--policies dense --depths 50", ["--depths = 50", "0 to 1"]),
         ("--policies dense --samples 0", ["--samples = 0"]),
+        ("--policies dense --seed -1", ["--seed = -1", "0 or more"]),
         ("--policies dense --text empty.txt", ["--text = empty.txt", "a file with text in it"]),
         ("--policies dense --text missing.txt", ["--text = missing.txt", "No such file"]),
     ],
@@ -147,9 +182,25 @@ def test_a_length_over_the_models_is_refused(tmp_path: Path) -> None:
     assert fakes.servers[0].asked == 0
 
 
+def test_all_lengths_are_checked_before_any_is_measured(tmp_path: Path) -> None:
+    fakes = Fakes(tmp_path, partial(FakeServer, max_len=900))
+    with pytest.raises(ConfigError, match=r"--lengths = 900 is refused. Expected: at most 860: the context of 900"):
+        evaluate(REQUEST, serve=fakes)
+    assert fakes.servers[0].asked == 0
+
+
+def test_how_long_was_waited_for_a_server_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SERVE", [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(run, "STARTUP_TIMEOUT", 1.0)
+    with pytest.raises(SparseServeError, match="^dense: the server did not start after 1 s"):
+        evaluate(REQUEST)
+
+
 def test_a_server_that_does_not_start_tells_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "SERVE", [sys.executable, "-c", "import sys; sys.exit(f'sparseserve: no {sys.argv[1]}')"])
-    with pytest.raises(SparseServeError, match=r"(?s)^dense: the server did not start.*sparseserve: no model"):
+    with pytest.raises(
+        SparseServeError, match=r"(?s)^dense: the server ended with exit code 1 after .*sparseserve: no model"
+    ):
         evaluate(REQUEST)
 
 
@@ -185,6 +236,15 @@ def test_bits_are_of_the_bytes_of_separate_stretches() -> None:
     assert len(set(starts)) == 5
     with pytest.raises(ConfigError, match=r"--text = too short .* 5900 tokens"):
         bits(client, text, 5900, 5)
+
+
+def test_a_text_that_begins_with_long_tokens_is_long_enough() -> None:
+    """Its first 16000 characters hold 1000 tokens only from a place on that their mean does not tell."""
+    client = FakeClient("words")
+    client.force = lambda prompt, tokens: [0.0] * len(tokens)  # type: ignore[method-assign]
+    text = "abc" * 1500 + "." * 11500 + "." * 20000  # three letters a token, then one
+    _, counted = bits(client, text, 3000, 4)
+    assert counted == 4 * 256
 
 
 def _dying_at(folder: Path, request: int) -> Fakes:

@@ -80,7 +80,8 @@ def test_a_length_without_room_is_refused() -> None:
         ([1] * 8 + [0] * 2, True, (0.4902, 0.9433)),
         ([0] * 5, True, (0, 0.4345)),
         ([0.5], False, (0, 1)),
-        ([0.25] * 6, False, (0.25, 0.25)),
+        ([0.25] * 6, False, (0.0301, 0.7)),  # Wilson's of 1 and of 2 in 6
+        ([1.0] * 10, False, (0.7225, 1)),
     ],
 )
 def test_intervals(scores: list[float], exact: bool, expected: Any) -> None:
