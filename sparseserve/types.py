@@ -197,6 +197,7 @@ class LayerPlan:
     recent: Tensor | None = None  # [Hs] int32 tokens, SELECT layers
     budget: Tensor | None = None  # [Hs] int32 tokens with sink and recent, SELECT layers
     window: Window | None = None  # WINDOW layers
+    first_unit: Tensor | None = None  # [Hs] int64, of every n-th unit before the window, which heads attend to, too
     gate: Gate | None = None  # layers that select with a gate
 
 

@@ -114,8 +114,8 @@ template <class T>
 __device__ __forceinline__ void write_head(const AttendParams& p, int row, int head, int dim, float out, float most,
                                            float sum) {
   T* to = static_cast<T*>(p.out) + row * p.out_row_stride + head * p.out_head_stride;
-  to[dim] = Numbers<T>::round(sum > 0.f ? out / sum : 0.f);
-  if (dim == 0) p.lse[row * p.query.heads + head] = sum > 0.f ? (most + log2f(sum)) / kLog2E : -INFINITY;
+  to[dim] = Numbers<T>::round(sum == 0.f ? 0.f : out / sum);
+  if (dim == 0) p.lse[row * p.query.heads + head] = sum == 0.f ? -INFINITY : (most + log2f(sum)) / kLog2E;
 }
 
 template <class T, int D, int NT>

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparseserve import artifacts
 from sparseserve.artifacts import Artifact, Kind
-from sparseserve.errors import ArtifactError, Problem
+from sparseserve.errors import ArtifactError, ConfigError, Problem
 from sparseserve.plan import ModelShape
 from sparseserve.types import HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step, Wanted
 
@@ -239,8 +239,16 @@ class BudgetPolicy(Policy):
     def expected_tokens(self, plan: LayerPlan, length: int) -> float:
         return length if plan.dense_output else min(length, self.budget_tokens)
 
+    def check_budget(self) -> None:
+        """Raise ConfigError for a budget that holds no unit."""
+        least = self.sink_tokens + self.recent_tokens + self.selection_unit
+        if self.budget_tokens < least:
+            allowed = f"at least {least}: a unit of {self.selection_unit} tokens beside sink and recent tokens"
+            raise ConfigError("budget_tokens", self.budget_tokens, allowed, remedy="give --set budget_tokens=2048")
+
     def select_plan(self, layer: int, heads: HeadShape, dense_output: bool = False) -> LayerPlan:
-        """The plan of a SELECT layer."""
+        """The plan of a SELECT layer; ConfigError for a budget that holds no unit."""
+        self.check_budget()
         hs = heads.selection_heads(self.head_scope)
 
         def full(tokens: int) -> Tensor:

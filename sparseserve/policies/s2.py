@@ -83,10 +83,11 @@ class S2(Policy):
             beta=dense[:, None].double(),
             align=self.block_tokens,
         )
+        first = first_blocks(heads, total, self.stride, self.homo_heads, self.offset_blocks)
         return tuple(
             LayerPlan(layer, Role.DENSE, dense_output=True)
             if self.dense_every is not None and (layer + 1) % self.dense_every == 0
-            else LayerPlan(layer, Role.WINDOW, window=window)
+            else LayerPlan(layer, Role.WINDOW, window=window, first_unit=first)
             for layer in range(model.layers)
         )
 
@@ -101,7 +102,12 @@ class S2(Policy):
 
     def expected_tokens(self, plan: LayerPlan, length: int) -> float:
         local = super().expected_tokens(plan, length)
-        return local + (length - local) / self.stride  # the mean over heads that slide past every block
+        if plan.window is None or plan.first_unit is None or length <= self.dense_up_to:
+            return local
+        row = torch.tensor(length, dtype=torch.int32, device=plan.first_unit.device)
+        before = plan.window.spans(row)[..., 1] // self.block_tokens  # [Hs]
+        distant = -(-(before - plan.first_unit) // self.stride)
+        return local + self.block_tokens * float(distant.clamp(min=0).double().mean())
 
     def _heads(self, model: ModelShape, device: torch.device = CPU) -> tuple[Tensor, int]:
         """This rank's selection heads by their number in the model, [Hs], and how many that has."""

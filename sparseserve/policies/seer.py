@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from sparseserve import ops
-from sparseserve.errors import ArtifactError, ConfigError, Problem, UnsupportedError
+from sparseserve.errors import ArtifactError, Problem, UnsupportedError
 from sparseserve.plan import ModelShape
 from sparseserve.policies.base import PositiveTokens, ScorePolicy, Tokens, load_artifact
 from sparseserve.types import Gate, HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step
@@ -77,6 +77,10 @@ class Seer(ScorePolicy):
     def expected_tokens(self, plan: LayerPlan, length: int) -> float:
         return super().expected_tokens(plan, length) if self.threshold is None else length
 
+    def check_budget(self) -> None:
+        if self.threshold is None:
+            super().check_budget()
+
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         self._gates.check(model)
         if model.page_size % self.selection_unit:
@@ -85,10 +89,10 @@ class Seer(ScorePolicy):
             raise UnsupportedError(Problem("--block-size", model.page_size, allowed, remedy=remedy))
         dense = max(self.dense_layers, self._gates.arguments["start_layer"])
         model.check_first_layers("dense_layers", dense, default=0)
-        least = self.selection_unit + self.sink_tokens + self.recent_tokens
-        if self.threshold is None and self.budget_tokens < least:
-            allowed = f"at least {least}: a block of {self.selection_unit} tokens beside sink and recent tokens"
-            raise ConfigError("budget_tokens", self.budget_tokens, allowed, remedy="give --set budget_tokens=2048")
+        group = self._gates.tensors["query.0"].shape[1]
+        if group != model.heads.group:
+            allowed = f"at most {self._gates.kv_heads}: these gates judge the {group} query heads of a KV head at once"
+            raise UnsupportedError(Problem("--tensor-parallel-size", model.ranks, allowed, remedy="use fewer ranks"))
         unrope, rope = self._rotations(model)
         return tuple(
             LayerPlan(layer, Role.DENSE, dense_output=True)

@@ -86,6 +86,19 @@ def test_unselected_tokens_have_no_influence(point: dict[str, Any], poison: floa
 
 
 @pytest.mark.parametrize("point", GRID[:4], ids=str)
+def test_a_number_that_is_none_is_not_hidden(point: dict[str, Any], isa: str) -> None:
+    case, _ = make(point)
+    everything = Selection.empty(len(LENGTHS), 1, 0, 32)
+    everything.spans.copy_(case.seq_lens[:, None, None])
+    clean, last = run(case, everything), len(LENGTHS) - 1
+    case.kv.key[case.pages[last, 0], 0, 5] = torch.nan
+    out, lse, _ = run(case, everything)
+    mine = slice(0, case.shape.group)
+    assert out[last, mine].isnan().all() and lse[last, mine].isnan().all()
+    assert torch.equal(out[:last], clean[0][:last]) and torch.equal(lse[:last], clean[1][:last])
+
+
+@pytest.mark.parametrize("point", GRID[:4], ids=str)
 def test_rows_are_independent(point: dict[str, Any], isa: str) -> None:
     case, selection = make(point)
     whole = run(case, selection)

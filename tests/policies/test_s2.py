@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,9 +106,11 @@ def test_every_nth_layer_is_dense() -> None:
     assert Role.DENSE not in [plan.role for plan in S2().plans(shape(2))]
 
 
-def test_expected_tokens_are_the_mean_over_heads() -> None:
-    policy, model = S2(local_blocks=2, stride=4, min_tokens=0), shape(4)
-    for length in (640, 1024):
+@pytest.mark.parametrize("extra", [{}, {"homo_heads": True}, {"offset_blocks": 3}, {"dense_heads": 1}], ids=str)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_expected_tokens_are_the_mean_over_heads(heads: int, extra: dict[str, Any]) -> None:
+    policy, model = S2(local_blocks=2, stride=4, min_tokens=0, **extra), shape(heads)
+    for length in (129, 192, 640, 777, 1024):
         mean = attended(policy, model, [length]).sum(-1).double().mean().item()
         assert policy.expected_tokens(policy.plans(model)[0], length) == pytest.approx(mean)
 

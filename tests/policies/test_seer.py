@@ -212,6 +212,10 @@ def test_dense_layers(asked: int, trained: int, dense: int) -> None:
     assert [plan.gate is None for plan in plans] == [True] * dense + [False] * (2 - dense)
 
 
+# Twice as many ranks as KV heads: vLLM gives each a copy of a KV head, and half of its query heads.
+REPLICATED = replace(MODEL, heads=replace(MODEL.heads, kv_heads=1, group=MODEL.heads.group // 2), ranks=4)
+
+
 @pytest.mark.parametrize(
     ("changes", "model", "error", "told"),
     [
@@ -219,6 +223,7 @@ def test_dense_layers(asked: int, trained: int, dense: int) -> None:
         ({"budget_tokens": 80, "sink_tokens": 20}, MODEL, ConfigError, ["budget_tokens = 80", "at least 84"]),
         ({"dense_layers": 3}, MODEL, ConfigError, ["dense_layers = 3", "at most 2"]),
         ({}, shape(page_size=96), UnsupportedError, ["--block-size = 96", "multiple of 64", "--block-size 128"]),
+        ({}, REPLICATED, UnsupportedError, ["--tensor-parallel-size = 4", "at most 2"]),
         ({}, replace(MODEL, rope=None), UnsupportedError, ["rotary position embedding"]),
         ({}, shape(heads=4, layers=3), ArtifactError, ["layers", "KV heads"]),
         ({"artifact": "nowhere"}, MODEL, ArtifactError, ["nowhere"]),
