@@ -19,6 +19,7 @@ from sparseserve.calibration.moa_profile import profile
 from sparseserve.calibration.moa_search import Search, check_density
 from sparseserve.calibration.moa_validation import Windows, validate
 from sparseserve.calibration.moa_windows import MINIMUM, candidates, density, window
+from sparseserve.calibration.samples import text_sha256
 from sparseserve.calibration.subject import Subject
 from sparseserve.errors import CalibrationError, Problem
 
@@ -90,7 +91,7 @@ def calibrate(subject: Subject, goal: Goal, draw: Draw, output: Path, console: C
     densities = torch.stack([density(windows, length) for length in goal.bounded])
     check_density(densities, goal.bounded)
 
-    used = subject.identity | {"lengths": list(goal.bounded), "draw": asdict(draw) | {"text": str(draw.text)}}
+    used = subject.identity | {"lengths": list(goal.bounded), "draw": asdict(draw) | {"text": text_sha256(draw.text)}}
     on_device = window(alpha.to(subject.device), beta.to(subject.device))
     losses, dense = profile(subject, draw, goal.lengths, goal.validate_length, on_device, Chunks(output, used, console))
     search = Search(losses[:-1], losses[-1], densities, goal.bounded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,10 @@ from pathlib import Path
 
 from sparseserve.calibration.attention import Hook
 from sparseserve.calibration.subject import Subject, decode
-from sparseserve.demo.questions import asking, pass_keys, prose, statement
+from sparseserve.demo.questions import asking, library_text, pass_keys, statement
 from sparseserve.errors import CalibrationError, Problem
 
 MARK = "sparseserve-content"  # stands for the message when a chat template is taken apart
-LIBRARY_CHARACTERS = 1 << 20
 PREAMBLE_TOKENS = 32  # that a model may say before it comes to the value
 
 
@@ -108,15 +108,30 @@ def _held_apart(ids: list[int], tokens: int, file: Path | None, part: tuple[floa
     return mine
 
 
+def text_sha256(file: Path | None) -> str:
+    """Tells texts apart, also those of one path."""
+    return hashlib.sha256(text_of(file).encode()).hexdigest()
+
+
 @lru_cache(maxsize=2)
 def _library(tokenizer: object, file: Path | None) -> list[int]:
+    return _tokenize(tokenizer, text_of(file))
+
+
+def text_of(file: Path | None) -> str:
+    """That of a file, or the language reference that ships with CPython with every paragraph once."""
     try:
-        text = file.read_text() if file else prose(LIBRARY_CHARACTERS)
+        text = file.read_text() if file else _unrepeated(library_text())
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(Problem("--text", file, "a text file", remedy=f"check the path ({error})")) from None
     if not text.strip():
         raise CalibrationError(Problem("--text", file, "a file with text in it", remedy="give another file"))
-    return _tokenize(tokenizer, text)
+    return text
+
+
+def _unrepeated(text: str) -> str:
+    """Every paragraph once: topics of the language reference quote each other, and what is held out must be unseen."""
+    return "\n\n".join(dict.fromkeys(text.split("\n\n")))
 
 
 def _ids(subject: Subject, text: str) -> list[int]:

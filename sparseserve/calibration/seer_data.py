@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.calibration.chunks import Chunks, Tensors
-from sparseserve.calibration.samples import document
+from sparseserve.calibration.samples import document, text_sha256
 from sparseserve.calibration.seer_features import draw_rows, features
 from sparseserve.calibration.subject import Subject
 from sparseserve.errors import CalibrationError, Problem
@@ -35,7 +35,7 @@ class Documents:
     @property
     def arguments(self) -> dict[str, Any]:
         """All of it, JSON-able."""
-        return asdict(self) | {"lengths": [*self.lengths], "text": None if self.text is None else str(self.text)}
+        return asdict(self) | {"lengths": [*self.lengths], "text": text_sha256(self.text)}
 
     def names(self, part: str) -> list[str]:
         """The documents of "train" or "held-out"."""

@@ -26,15 +26,16 @@ class Question:
 
 
 @cache
-def _library_text() -> str:
+def library_text() -> str:
+    """Real English: the language reference that ships with CPython, ASCII alone."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics.values()).encode("ascii", "ignore").decode()
 
 
 def prose(tokens: int, start: int = 0) -> str:
-    """That many bytes of real English, from byte `start` on, cyclic: the language reference that ships with CPython."""
-    text = _library_text()
+    """That many bytes of `library_text`, from byte `start` on, cyclic."""
+    text = library_text()
     start %= len(text)
     repeats = 1 + (start + tokens) // len(text)
     return (text * repeats)[start : start + tokens]
@@ -50,7 +51,7 @@ def ask(tokens: int, depth: float, seed: int, distractors: int = 3, value_length
     room = tokens - 1 - len(question) - sum(map(len, needles))
     if room < 0:
         raise ValueError(f"{tokens} tokens leave no room for {len(needles)} needles and the question")
-    text = prose(room, draw.randrange(len(_library_text())))
+    text = prose(room, draw.randrange(len(library_text())))
     places = [depth, *(draw.random() for _ in others)]
     prompt = scatter(text, zip(places, needles, strict=True)) + question
     return Question(prompt, value + ".", 1 + prompt.index(needles[0]) + needles[0].index(value))

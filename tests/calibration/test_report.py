@@ -9,7 +9,7 @@ import pytest
 
 from sparseserve.calibration.report import rerun, write_report
 from sparseserve.calibration.subject import Subject
-from sparseserve.cli.calibrate.options import whole_numbers
+from sparseserve.cli.numbers import whole_numbers
 from sparseserve.errors import ConfigError
 
 

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from sparseserve.artifacts import load
 from sparseserve.calibration.attention import Attention, hooked
 from sparseserve.calibration.chunks import Chunks
-from sparseserve.calibration.samples import document
+from sparseserve.calibration.samples import document, stretch, text_of
 from sparseserve.calibration.seer_data import PARTS, Documents
 from sparseserve.calibration.seer_distil import Distilled, Recipe, distil
 from sparseserve.calibration.seer_recall import BLOCKS_PER_CHOSEN, best_blocks
@@ -131,6 +131,28 @@ def test_no_held_out_text_is_trained_on(trained: Subject, tmp_path: Path) -> Non
     for part, letter in (("train", b"a"), ("held-out", b"b")):
         drawn = [document(trained, 500, seed, tmp_path / "text", PARTS[part])[1:] for seed in range(20)]
         assert {token for ids in drawn for token in ids} == set(letter)
+
+
+def test_no_held_out_window_of_the_default_text_is_trained_on(trained: Subject) -> None:
+    """The topics of CPython's reference quote each other. A token is a byte."""
+    characters = len(text_of(None)) - 20
+    drawn = {part: int((last - first) * characters) for part, (first, last) in PARTS.items()}  # nearly all of a part
+    train, held_out = (bytes(stretch(trained, drawn[part], seed=0, part=PARTS[part])) for part in PARTS)
+    known = set(windows(train))
+    assert len(held_out) > 32 * 1024 and known.isdisjoint(windows(held_out))
+
+
+def windows(text: bytes, size: int = 200) -> list[bytes]:
+    return [text[start : start + size] for start in range(len(text) - size + 1)]
+
+
+def test_a_changed_text_is_measured_anew(tmp_path: Path) -> None:
+    documents = replace(DOCUMENTS, text=tmp_path / "text")
+    told = []
+    for text in ("first", "other"):
+        (tmp_path / "text").write_text(text)
+        told.append(documents.arguments)  # which the chunks are kept by
+    assert told[0] != told[1]
 
 
 def distilled(subject: Subject, folder: Path) -> Distilled:

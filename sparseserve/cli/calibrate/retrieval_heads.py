@@ -42,11 +42,12 @@ def retrieval_heads(
     from sparseserve.calibration.chunks import Chunks
     from sparseserve.calibration.report import write_report
     from sparseserve.calibration.retrieval import artifact, measure, results
+    from sparseserve.calibration.samples import text_sha256
     from sparseserve.calibration.subject import load
 
     tokens, places = whole_numbers("--lengths", lengths), shares("--depths", depths)
     subject = load(model, device, dtype)
-    chunks = Chunks(output, subject.identity | {"seed": seed, "text": str(text)})
+    chunks = Chunks(output, subject.identity | {"seed": seed, "text": text_sha256(text)})
     scores = measure(subject, chunks, tokens, places, samples, seed, text)
     heads = artifact(scores, subject, method)
     save(heads, output)

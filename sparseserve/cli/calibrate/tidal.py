@@ -36,6 +36,7 @@ def tidal(
     from sparseserve.calibration import tidal as calibration
     from sparseserve.calibration.chunks import Chunks
     from sparseserve.calibration.report import write_report
+    from sparseserve.calibration.samples import text_sha256
     from sparseserve.calibration.selection import best_layers
     from sparseserve.calibration.subject import load
     from sparseserve.files import write_atomically
@@ -45,7 +46,7 @@ def tidal(
     policy = Tidal.model_validate({"select_layer": select_layer, "budget_tokens": budget, "scope": scope})
     subject = load(model, device, dtype)
     calibration.check_layers(subject, select_layer, layers)
-    used = {"seed": seed, "text": str(text), "samples": samples, "budget": budget, "scope": scope}
+    used = {"seed": seed, "text": text_sha256(text), "samples": samples, "budget": budget, "scope": scope}
     chunks = Chunks(output, subject.identity | used)
     curves = calibration.measure(subject, chunks, policy, tokens, samples, seed, text)
     chosen = best_layers(curves, select_layer, layers)
