@@ -132,6 +132,10 @@ def cuda_problems(vllm_config: VllmConfig, policy: Policy, heads: HeadShape) -> 
     if heads.group > CUDA_GROUP:
         allowed = f"at most {CUDA_GROUP} on CUDA"
         yield Problem("query heads of a KV head", heads.group, allowed, remedy=WITHOUT_US)
+    if (unit := policy.selection_unit) & (unit - 1):
+        yield Problem(
+            "tokens of a unit", unit, "a power of two on CUDA", remedy="take gates of other blocks, or another policy"
+        )
     if switch := policy.host_bound:
         allowed = "false on CUDA, where a step cannot wait for the host"
         yield Problem(switch, getattr(policy, switch), allowed, remedy=f"give --set {switch}=false")
