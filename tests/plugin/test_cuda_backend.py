@@ -351,14 +351,6 @@ def test_what_cuda_cannot_do_is_refused(changes: dict[str, Any], heads: HeadShap
     assert not [*settings.cuda_problems(cuda_config(), Quest(), HeadShape(2, 16, 64))]
 
 
-def test_units_that_cuda_cannot_halve_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Quest, "selection_unit", property(lambda policy: 48))  # as gates may have
-    policy, config = Quest(), cuda_config(page=48)
-    assert "tokens of a unit = 48 is refused. Expected: a power of two" in " ".join(
-        map(str, settings.cuda_problems(config, policy, HeadShape(2, 2, 64)))
-    )
-
-
 def test_a_policy_that_needs_the_host_is_refused(start: Callable[..., Worker], tmp_path: Any) -> None:
     heads = tmp_path / "heads.json"
     heads.write_text('{"0": [0], "1": [], "2": []}')

@@ -26,7 +26,7 @@ from cuda_worker import (
     vllm_config,
 )
 
-from sparseserve.plugin import metrics
+from sparseserve.plugin import metrics, settings
 from sparseserve.plugin.requests import Requests
 from sparseserve.plugin.self_check import check_worker_attention
 from sparseserve.policies import Policy, Quest, Streaming, Tidal
@@ -97,6 +97,12 @@ def test_batches_that_nobody_asked_for_are_not_counted(tmp_path: Path, simulator
     before = prefill._value.get()
     worker.builder.build(0, Batch([PAGE, 5], [PAGE, 5], [True, True]).metadata(torch.zeros(2, 7).int(), "cpu"))
     assert prefill._value.get() == before
+
+
+def test_units_that_cuda_cannot_halve_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Quest, "selection_unit", property(lambda policy: 48))  # as gates may have
+    problems = settings.cuda_problems(vllm_config(tmp_path), Quest(), model_shape().heads)
+    assert "tokens of a unit = 48 is refused. Expected: a power of two" in " ".join(map(str, problems))
 
 
 def test_the_worker_leaves_torch_as_it_is() -> None:
