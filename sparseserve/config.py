@@ -81,6 +81,10 @@ def find_policy(spec: str | None, sets: Sequence[str], env: Mapping[str, str]) -
     if not spec:
         raise ConfigError("policy", MISSING, choices=list(POLICIES), remedy="give --policy NAME or --policy FILE")
     overrides = _from_env(env) | dict(map(_from_flag, sets))
+    if "policy" in overrides:
+        value, where = overrides["policy"]
+        remedy = f"give --policy {value}, or {ENV_POLICY}={value}"
+        raise ConfigError("policy", value, "a hyper-parameter of a policy", remedy=remedy, where=where)
     if spec not in POLICIES and _is_file(spec):
         return PolicySource(read_policy_file(spec), spec, overrides)
     source = PolicySource({"*": {"policy": spec}}, overrides=overrides)

@@ -96,6 +96,18 @@ def test_the_environment_variable_at_fault_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("sets", "env", "where"),
+    [
+        (["policy=dense"], {}, "--set"),
+        ([], {"SPARSESERVE_SET_POLICY": "dense"}, "SPARSESERVE_SET_POLICY"),
+    ],
+)
+def test_a_hyper_parameter_does_not_change_the_policy(sets: list[str], env: dict[str, str], where: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{where}: policy = dense .* --policy dense, or SPARSESERVE_POLICY=dense"):
+        find_policy("quest", sets, env)
+
+
+@pytest.mark.parametrize(
     ("model", "expected"),
     [
         ("meta-llama/Llama-3.1-8B-Instruct", Tidal(budget_tokens=512, reselect_layer=13)),
