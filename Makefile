@@ -29,7 +29,7 @@ tune-demo: $(VENV)/.built
 	$(COMMAND) calibrate tidal demo -o tidal.yaml --lengths 2048 --samples 2
 	$(COMMAND) calibrate moa demo -o plan.safetensors --lengths 768,1024 --validate-length 2048 --density 0.4 --samples 2
 	$(COMMAND) calibrate seer demo -o gates.safetensors --lengths 2048 --samples 12 --steps 200
-	$(COMMAND) tune demo -o policy.yaml --max-loss 5% --policies "quest,streaming,tidal:$$(grep -o 'reselect_layer: [0-9]*' \
+	$(COMMAND) tune demo --output policy.yaml --max-loss 5% --policies "quest,streaming,tidal:$$(grep -o 'reselect_layer: [0-9]*' \
 	    tidal.yaml | tr -d ' ' | tr : =),retrieval:artifact=heads.safetensors,moa:artifact=plan.safetensors,$(\
 	    )seer:artifact=gates.safetensors" --budgets 1024 --lengths 4096 --tasks needle --samples 2 \
 	    --max-model-len 8192 --max-num-seqs 4 --enforce-eager

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from sparseserve.cli.extras import VLLM, need
 from sparseserve.cli.numbers import shares, whole_numbers
 
 if TYPE_CHECKING:
@@ -33,13 +34,15 @@ def evaluate(
         bool, typer.Option(help="Measure attention recall, in a second server per setting (kv_memory=shared).")
     ] = True,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the questions.")] = 0,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Results.")] = Path("RESULTS.json"),
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Results.")] = Path("RESULTS.json"),
 ) -> None:
     """Compare policies on MODEL: accuracy, bits per byte, attention recall, share of KV read, speed.
 
     Every setting is served by a server of its own; options that are not listed here go to `vllm serve`. Killed at any
     moment, the same command goes on where it was.
     """
+    need("evaluate", "openai", "scipy")
+    need(VLLM, "vllm")
     from sparseserve.evaluation.request import Request, settings
     from sparseserve.evaluation.run import evaluate, partial_file
     from sparseserve.evaluation.tasks import TASKS

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from sparseserve.cli.extras import VLLM, need
 from sparseserve.cli.numbers import whole_numbers
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def explain(
 
     Every other option goes to vLLM as in `serve`, for example --block-size 64 or --max-model-len 32768.
     """
+    need(VLLM, "vllm")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout
     from sparseserve.config import find_policy
     from sparseserve.server.explain import explain  # imports vllm

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sparseserve.cli.extras import VLLM, need
 from sparseserve.server.supervise import supervise
 
 
@@ -27,6 +28,7 @@ def serve(
 
     Without --policy, SPARSESERVE_POLICY is read; without --set budget_tokens=N, SPARSESERVE_SET_BUDGET_TOKENS.
     """
+    need(VLLM, "vllm")
     ours = ["--policy", policy] if policy else []
     for pair in pairs or []:
         ours += ["--set", pair]

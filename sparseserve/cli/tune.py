@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from sparseserve.cli.extras import need
+from sparseserve.cli.extras import VLLM, need
 from sparseserve.cli.numbers import shares, whole_numbers
 from sparseserve.errors import ConfigError
 
@@ -26,9 +26,9 @@ def tune(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As `vllm serve` takes it.")],
     max_loss: Annotated[str, typer.Option(metavar="1%", help="Quality that may be lost against dense attention.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FILE", help="Policy file to write; the report is FILE.html.")
-    ] = Path("policy.yaml"),
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Policy file to write; the report is FILE.html.")] = Path(
+        "policy.yaml"
+    ),
     objective: Annotated[
         Literal["latency", "memory"], typer.Option(help="Least time per token, or least stored, then read, per token.")
     ] = "latency",
@@ -52,6 +52,8 @@ def tune(
     listed here go to `vllm serve`. Killed at any moment, the same command goes on where it was.
     """
     need("calibrate", "scipy", "matplotlib", "jinja2")
+    need("evaluate", "openai")
+    need(VLLM, "vllm")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout
     from sparseserve.cli.eval import progress_bar
     from sparseserve.evaluation.request import Request, settings
@@ -80,7 +82,7 @@ def tune(
         tuning = tune(asked, folder, progress)
     report = output.with_name(f"{output.name}.html")
     write_report(tuning, report)
-    _show(tuning, Console())
+    show(tuning, Console())
     print(f"wrote {report}")
     write_policy(tuning, output)  # without one to recommend, what was measured stays for another --max-loss
     shutil.rmtree(folder)
@@ -98,7 +100,7 @@ def _share(text: str) -> float:
     return share
 
 
-def _show(tuning: Tuning, console: Console) -> None:
+def show(tuning: Tuning, console: Console) -> None:
     """Print a row for every setting and what is recommended."""
     from sparseserve.tuning.report import OWN
 
@@ -116,6 +118,10 @@ def _show(tuning: Tuning, console: Console) -> None:
         console.print(f"not measured: {name}: {why}", highlight=False, markup=False)
     chosen = tuning.verdict.chosen
     console.print(f"{chosen.name if chosen else 'no recommendation'}: {tuning.verdict.reason}", highlight=False)
+    if chosen and chosen.loss.questions:
+        lost = chosen.loss
+        worse = f"{lost.worse} of {lost.questions} questions answered worse than by dense attention"
+        console.print(f"{worse}; with 95 % confidence at most {lost.bound:.1%} of such questions are", highlight=False)
 
 
 def _numbers(one: Judged) -> list[str]:

@@ -59,5 +59,5 @@ def _check(path: Path, begun: Mapping[str, Any], asked: Mapping[str, Any]) -> No
     other = [key for key in asked if begun.get(key) != asked[key]]
     if other:
         differs = ", ".join(f"{key} = {begun.get(key)}, not {asked[key]}" for key in other)
-        remedy = f"run what began it to finish it, delete {path}, or give another -o"
+        remedy = f"run what began it to finish it, delete {path}, or give another --output"
         raise ConfigError("arguments", differs, f"those with which {path} was begun", remedy=remedy)

@@ -141,7 +141,7 @@ class Request(BaseModel):
         words += ["--samples", str(self.samples), "--seed", str(self.seed)]
         words += [] if self.text is None else ["--text", self.text]
         words += [] if self.recall else ["--no-recall"]
-        return shlex.join([*words, "-o", output, *self.vllm])
+        return shlex.join([*words, "--output", output, *self.vllm])
 
     def part(self, **changes: Any) -> str:
         """The command for a part of the request."""

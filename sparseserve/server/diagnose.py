@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution, entry_points, packages_distributions, version
 from importlib.util import find_spec
@@ -120,7 +120,10 @@ def _gpu() -> Finding:
 def _vllm() -> Finding:
     if find_spec("vllm") is None:
         return Finding("vLLM", "blocks", "not installed", INSTALL)
-    found = version(packages_distributions()["vllm"][0])
+    names = packages_distributions().get("vllm")
+    if not names:
+        return Finding("vLLM", "blocks", "not installed as a package, so of an unknown version", INSTALL)
+    found = version(names[0])
     return _finding("vLLM", found.startswith(VLLM_VERSION), found, f"install vLLM {VLLM_VERSION}x: {INSTALL}")
 
 
@@ -137,7 +140,7 @@ def _has(module: str, name: str) -> bool:
         return False
     cls, _, field = name.partition(":")
     if field:
-        return field in {f.name for f in fields(getattr(found, cls))}
+        return is_dataclass(owner := getattr(found, cls, None)) and field in {f.name for f in fields(owner)}
     for part in name.split("."):
         if not hasattr(found, part):
             return False

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import yaml
 
-from sparseserve.errors import Problem, TuningError
+from sparseserve.errors import FileError, Problem, TuningError
 from sparseserve.evaluation.request import Request, Setting
 from sparseserve.evaluation.results import Results, SettingResult
-from sparseserve.evaluation.run import Progress, evaluate
+from sparseserve.evaluation.run import Progress, evaluate, partial_file
 from sparseserve.files import write_atomically
 from sparseserve.tuning.judge import Judged, Objective, choose, longest, loss, pareto
 from sparseserve.tuning.report import Tuning
 from sparseserve.tuning.search import descend, families, fitting, judge
 
 OWN_ATTENTION = Setting(policy="dense", pairs=(f"min_tokens={2**31 - 1}",))  # rows of every length are vLLM's
+MEASURED, AGAIN = "measured.json", "again.json"
 
 Evaluate = Callable[[Request, Path, Progress], Results]
 
@@ -96,14 +97,21 @@ class _Lab:
     last: Results = field(init=False)
 
     def measure(self, setting: Setting) -> SettingResult:
-        """Scores and times, without recall, which needs a server of its own."""
-        return self._ask("measured", settings=(setting,), recall=False)
+        """Scores and times, without recall, which needs a server of its own.
+
+        What an earlier run did not measure has to come before the second measurement of the baseline.
+        """
+        before = self._kept()
+        result = self._ask(MEASURED, settings=(setting,), recall=False)
+        if self._kept() != before:
+            partial_file(self.folder / AGAIN).unlink(missing_ok=True)
+        return result
 
     def time_again(self, own: SettingResult) -> SettingResult:
         """The baseline's time at the longest length, from some of its questions."""
         length = longest(own).length
         task = next(cell.task for cell in own.cells if cell.length == length)
-        return self._ask("again", settings=(OWN_ATTENTION,), tasks=(task,), lengths=(length,), recall=False)
+        return self._ask(AGAIN, settings=(OWN_ATTENTION,), tasks=(task,), lengths=(length,), recall=False)
 
     def with_recall(self, judged: Sequence[Judged], max_loss: float, chosen: Judged | None) -> list[Judged]:
         """Measures the attention mass that the best settings keep: the chosen one, and those within the loss that no
@@ -113,11 +121,20 @@ class _Lab:
         return [self._recall(one) if good else one for one, good in zip(judged, best, strict=True)]
 
     def _recall(self, one: Judged) -> Judged:
-        result = self._ask("measured", settings=(one.setting,), recall=True)
+        result = self._ask(MEASURED, settings=(one.setting,), recall=True)
         return replace(one, result=result, recall=longest(result).recall)
 
     def _ask(self, name: str, **changes: object) -> SettingResult:
         request = self.request.model_copy(update=changes)
-        self.folder.mkdir(exist_ok=True)
-        self.last = self.evaluate(request, self.folder / f"{name}.json", self.progress)
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            remedy = f"check --output ({error.strerror})"
+            raise FileError(Problem("folder", self.folder, "a folder that can be made", remedy=remedy)) from None
+        self.last = self.evaluate(request, self.folder / name, self.progress)
         return self.last.settings[0]
+
+    def _kept(self) -> int:
+        """Bytes of what is measured."""
+        file = partial_file(self.folder / MEASURED)
+        return file.stat().st_size if file.is_file() else 0

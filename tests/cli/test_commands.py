@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 
 from sparseserve.cli import app, serve
 from sparseserve.config import policy_file_schema
+from sparseserve.errors import SparseServeError
+from sparseserve.evaluation.request import Request
 from sparseserve.policies import POLICIES, Quest
 from sparseserve.server import diagnose
 
@@ -62,6 +65,55 @@ def test_serve_refuses_a_bad_policy_without_a_traceback() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "missing", "extras"),
+    [
+        ("serve model --policy dense", "vllm", ["cpu", "cuda"]),
+        ("explain model --policy dense", "vllm", ["cpu", "cuda"]),
+        ("demo", "openai", ["evaluate"]),
+        ("demo", "vllm", ["cpu", "cuda"]),
+        ("eval model --policies dense", "openai", ["evaluate"]),
+        ("eval model --policies dense", "scipy", ["evaluate"]),
+        ("eval model --policies dense", "vllm", ["cpu", "cuda"]),
+        ("tune model --max-loss 1%", "openai", ["evaluate"]),
+        ("tune model --max-loss 1%", "vllm", ["cpu", "cuda"]),
+        ("calibrate moa model --output out", "scipy", ["calibrate"]),
+        ("calibrate retrieval-heads model --output out", "scipy", ["calibrate"]),
+        ("calibrate seer model --output out", "transformers", ["calibrate"]),
+        ("calibrate tidal model --output out", "transformers", ["calibrate"]),
+    ],
+)
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    words: str, missing: str, extras: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = find_spec
+    monkeypatch.setattr("sparseserve.cli.extras.find_spec", lambda name: None if name == missing else found(name))
+    monkeypatch.setitem(sys.modules, missing, None)
+    done = run(app, words.split())
+    assert done.exit_code == 2 and f"package = {missing}, not installed" in done.output
+    assert [extra for extra in extras if f'pip install "sparseserve[{extra}]"' not in done.output] == []
+
+
+@pytest.mark.parametrize("command", ["eval model --policies dense", "tune model --max-loss 1%"])
+def test_options_of_vllm_with_one_dash_are_passed_on_whole(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = ["-cc.mode=3", "-O.mode=3", "-tp", "2"]
+    asked: list[Request] = []
+
+    def check(request: Request) -> None:
+        asked.append(request)
+        raise SparseServeError("enough")
+
+    monkeypatch.setattr(Request, "check", check)
+    run(app, [*command.split(), *theirs])
+    assert asked[0].vllm == tuple(theirs)
+
+
+def test_the_model_comes_first() -> None:
+    for words in ("eval -tp 2 model --policies dense", "tune -tp 2 model --max-loss 1%"):
+        done = run(app, words.split())
+        assert done.exit_code == 2 and "MODEL = -tp" in done.output and "before any option" in done.output
+
+
 @pytest.mark.vllm
 def test_doctor_finds_what_we_rely_on_in_vllm() -> None:
     findings = {finding.check: finding for finding in diagnose.diagnose()}
@@ -72,11 +124,24 @@ def test_doctor_finds_what_we_rely_on_in_vllm() -> None:
 
 @pytest.mark.vllm
 def test_doctor_says_what_blocks_and_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    broken = {"vllm.config": ["VllmConfig:gone", "NotThere.method"], "vllm.not_there": ["name"]}
+    broken = {"vllm.config": ["VllmConfig:gone", "NotThere:field", "NotThere.method"], "vllm.not_there": ["name"]}
     monkeypatch.setattr(diagnose, "SEAMS", broken)
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
     result = run(app, ["doctor"], env={"COLUMNS": "300"})
     assert result.exit_code == 1
-    for told in ("VllmConfig:gone", "NotThere.method", "vllm.not_there.name", "torchvision::nms", "pip uninstall"):
+    for told in (
+        "VllmConfig:gone",
+        "NotThere:field",
+        "NotThere.method",
+        "vllm.not_there.name",
+        "torchvision::nms",
+        "pip uninstall",
+    ):
         assert told in result.output
+
+
+def test_doctor_blocks_a_vllm_of_unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnose, "packages_distributions", dict)
+    (finding,) = (finding for finding in diagnose.diagnose() if finding.check == "vLLM")
+    assert finding.status == "blocks" and "unknown version" in finding.found

@@ -90,18 +90,6 @@ def test_another_artifact_of_the_same_name_is_measured_anew(tmp_path: Path, name
     assert fakes.served == [str(plan)]
 
 
-def test_a_resumed_run_asks_what_a_whole_one_asks(tmp_path: Path) -> None:
-    """A question that was not reached before the kill is worded as without one."""
-    whole, resumed = Fakes(tmp_path), Fakes(tmp_path)
-    dense = REQUEST.model_copy(update={"settings": REQUEST.settings[:1]})
-    evaluate(dense, serve=whole)
-    with pytest.raises(SparseServeError):
-        evaluate(dense, tmp_path / "RESULTS.json", serve=Fakes(tmp_path, partial(FakeServer, dies_at=8)))
-    evaluate(dense, tmp_path / "RESULTS.json", serve=resumed)
-    asked = [[body for path, body in one.servers[0].requests if "completions" in path] for one in (whole, resumed)]
-    assert len(asked[1]) == 12 and asked[0][6:] == asked[1]
-
-
 def test_a_command_asks_the_same_questions_again(tmp_path: Path) -> None:
     """The commands in the results, typed in again, make requests whose cells score the same."""
     results = evaluate(REQUEST, serve=Fakes(tmp_path))
@@ -137,7 +125,7 @@ def test_the_command_writes_results_and_leaves_no_partial_file(tmp_path: Path, m
     done = CliRunner().invoke(app, words.split(), env={"COLUMNS": "120"})
     assert done.exit_code == 0, done.output
     results = Results.model_validate_json((tmp_path / "RESULTS.json").read_text())
-    assert results.command.endswith("-o RESULTS.json --max-model-len 900")
+    assert results.command.endswith("--output RESULTS.json --max-model-len 900")
     assert not list(tmp_path.glob("*.jsonl"))
     assert "1.00  [0.61, 1.00]" in done.output and "KV read   25.0%" in done.output
     assert results.settings[0].lengths[0].command in done.output

@@ -67,6 +67,15 @@ def test_prompts_have_the_exact_number_of_tokens_after_few_tries(task: str, spli
     assert client.counted <= (10 if split == "bytes" else 30)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_a_prompt_does_not_depend_on_those_before(task: str) -> None:
+    """A resumed run starts in the middle."""
+    before, question = (draft(task, LENGTH, 0.3, sample, seed=5) for sample in range(2))
+    client = FakeClient("words")
+    client.fit(before, LENGTH)
+    assert client.fit(question, LENGTH) == FakeClient("words").fit(question, LENGTH)
+
+
 def test_a_length_without_room_is_refused() -> None:
     question = draft("multikey", 100, 0.3, 0, 0)
     with pytest.raises(ConfigError, match=r"--lengths = 100 .* at least \d+ tokens"):

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 from made_up import Lab
+from rich.console import Console
 
+from sparseserve.cli.tune import show
 from sparseserve.config import read_policy_file
 from sparseserve.demo.build import build
-from sparseserve.errors import TuningError
+from sparseserve.errors import FileError, TuningError
 from sparseserve.evaluation.pieces import Piece
 from sparseserve.evaluation.request import Request, Setting, settings
 from sparseserve.evaluation.results import Results
+from sparseserve.evaluation.run import partial_file
 from sparseserve.tuning.run import OWN_ATTENTION, Asked, Evaluate, tune, write_policy
 from sparseserve.tuning.search import budgets, families, with_budgets
 
@@ -97,6 +100,44 @@ def test_the_policy_file_is_what_serve_reads(model: str, lab: Lab, tmp_path: Pat
     assert "0 of 8 questions answered worse" in (tmp_path / "policy.yaml").read_text()
 
 
+def test_the_baseline_is_timed_again_after_what_a_later_run_measures(model: str, lab: Lab, tmp_path: Path) -> None:
+    class Keeping(Servers):
+        """Asks nothing again that is in the file."""
+
+        def __call__(self, request: Request, output: Path, progress: Callable[[int, int, str], None]) -> Results:
+            file, key = partial_file(output), f"{request.settings[0]} {request.recall}\n"
+            known = file.is_file() and key in file.read_text().splitlines(keepends=True)
+            with file.open("a") as keep:
+                keep.write("" if known else key)
+            results = super().__call__(request, output, progress)
+            self.asked = self.asked[:-1] if known else self.asked
+            return results
+
+    runs = [Keeping(lab, {}) for _ in range(3)]
+    for servers, policies in zip(runs, ["quest", "quest", "quest,tidal:reselect_layer=4"], strict=True):
+        ask(model, policies, [1024], servers, tmp_path)
+    first, same, more = ([name for name, recall in servers.asked if not recall] for servers in runs)
+    own, tidal = str(OWN_ATTENTION), "tidal:reselect_layer=4:budget_tokens=1024"
+    assert first == [own, "quest:budget_tokens=1024", own]
+    assert same == []
+    assert more == [tidal, own]
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_measured(model: str, lab: Lab, tmp_path: Path) -> None:
+    servers = Servers(lab, {})
+    with pytest.raises(FileError, match=r"nodir/partial is refused.*check --output"):
+        ask(model, "quest", [1024], servers, tmp_path / "nodir")
+    assert servers.asked == []
+
+
+def test_what_few_questions_cannot_rule_out_is_printed(
+    model: str, lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(ask(model, "quest", [1024], Servers(lab, {}), tmp_path), Console(width=200))
+    told = "0 of 8 questions answered worse than by dense attention; with 95 % confidence at most 31.2% of such"
+    assert told in capsys.readouterr().out
+
+
 def test_without_a_gain_nothing_is_written(model: str, lab: Lab, tmp_path: Path) -> None:
     tuning = ask(model, "quest", [512], Servers(lab, {"quest": 1000}), tmp_path)
     with pytest.raises(TuningError, match="no setting within 1.0%"):
@@ -127,12 +168,12 @@ def test_families_differ_in_the_budget_alone() -> None:
     [
         ("moa:artifact=a,moa:artifact=b", [["moa:artifact=a"], ["moa:artifact=b"]]),
         (
-            "retrieval:artifact=a:share=0.5,retrieval:artifact=a",
-            [["retrieval:artifact=a:share=0.5"], ["retrieval:artifact=a"]],
+            "seer:artifact=a:threshold=0.1,seer:artifact=a:threshold=0.2",
+            [["seer:artifact=a:threshold=0.1"], ["seer:artifact=a:threshold=0.2"]],
         ),
         (
-            "tidal:budget_tokens=64:reselect_layer=3,tidal:budget_tokens=512:reselect_layer=4",
-            [["tidal:budget_tokens=64:reselect_layer=3"], ["tidal:budget_tokens=512:reselect_layer=4"]],
+            "tidal:budget_tokens=64:reselect_layer=3,tidal:budget_tokens=64:reselect_layer=4",
+            [["tidal:budget_tokens=64:reselect_layer=3"], ["tidal:budget_tokens=64:reselect_layer=4"]],
         ),
         (
             "quest:budget-tokens=512:bound=min_max,quest:bound=mean_std:budget_tokens=256,quest",  # 1024 of itself

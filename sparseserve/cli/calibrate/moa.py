@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from sparseserve.cli.calibrate import options
+from sparseserve.cli.extras import need
 from sparseserve.cli.numbers import shares, whole_numbers
 
 
@@ -34,6 +35,7 @@ def moa(
     chooses a window for every KV head by an integer program, and compares the best plans at another length with the
     uniform window of the same density.
     """
+    need("calibrate", "transformers", "scipy")
     goal_lengths, densities = whole_numbers("--lengths", lengths), shares("--density", density)
     from sparseserve.calibration.moa import Goal, calibrate  # imports torch and transformers
     from sparseserve.calibration.moa_answers import Draw

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparseserve.cli.calibrate import options
+from sparseserve.cli.extras import need
 from sparseserve.cli.numbers import shares, whole_numbers
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def retrieval_heads(
     copy: needles that the model answers, for each head the share of their tokens that it copies (Retrieval_Head).
     induction: random tokens that come again, how often a head looks at the earlier occurrence (RazorAttention).
     """
+    need("calibrate", "transformers", "scipy")
     from sparseserve.artifacts import save
     from sparseserve.calibration.chunks import Chunks
     from sparseserve.calibration.report import write_report

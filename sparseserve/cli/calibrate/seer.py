@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparseserve.cli.calibrate import options
+from sparseserve.cli.extras import need
 from sparseserve.cli.numbers import whole_numbers
 
 CHOOSERS = {"gate": "gate", "block_max": "its target", "mean_key": "mean key", "random": "random"}
@@ -37,6 +38,7 @@ def seer(
     Writes FILE, and the same gates as their authors publish them to a folder beside it. Measures on held-out text how
     much attention mass the blocks hold that the gates choose, of what the heaviest eighth of the blocks holds.
     """
+    need("calibrate", "transformers")
     from sparseserve.artifacts import save
     from sparseserve.calibration.chunks import Chunks
     from sparseserve.calibration.report import write_report

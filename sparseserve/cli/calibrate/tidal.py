@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sparseserve.cli.calibrate import options
+from sparseserve.cli.extras import need
 from sparseserve.cli.numbers import whole_numbers
 
 
@@ -33,6 +34,7 @@ def tidal(
     Every layer chooses tokens by attention mass; measured is what the layers behind it keep with them, of the mass of
     text and of what answers put on a needle. The layers that keep most in all are written.
     """
+    need("calibrate", "transformers")
     from sparseserve.calibration import tidal as calibration
     from sparseserve.calibration.chunks import Chunks
     from sparseserve.calibration.report import write_report
