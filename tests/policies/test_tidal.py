@@ -67,7 +67,9 @@ def test_every_published_layer_has_a_source_and_exists() -> None:
     assert all(row.source and 2 < row.layer < row.layers for row in RESELECTIONS)
 
 
-@pytest.mark.parametrize("policy", [Quest(budget_tokens=100), Tidal(budget_tokens=64, unit_tokens=64, reselect_layer=3)])
+@pytest.mark.parametrize(
+    "policy", [Quest(budget_tokens=100), Tidal(budget_tokens=64, unit_tokens=64, reselect_layer=3)]
+)
 def test_a_budget_that_holds_no_unit_is_refused(policy: Policy) -> None:
     with pytest.raises(ConfigError, match=f"budget_tokens = {policy.budget_tokens} is refused.*at least"):
         policy.plans(ModelShape("m", 4, HeadShape(2, 2, 32), 8192, 64))
