@@ -53,7 +53,7 @@ MISTAKES: list[dict[str, Any]] = [
 ]
 TWICE = {"n": 2, "temperature": 1, "top_k": 1}  # vLLM refuses n with temperature 0
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
-ENDLESS = {"max_tokens": 400, "ignore_eos": True}
+ENDLESS = {"max_tokens": 4000, "ignore_eos": True}
 
 
 @dataclass(frozen=True, slots=True)
