@@ -162,15 +162,20 @@ class Window:
         sink = torch.minimum(self.sink, seq_lens[..., None])
         return torch.stack([sink, start], -1).to(torch.int32)
 
+    def at(self, length: int) -> tuple[Tensor, Tensor]:
+        """End of the first and start of the last tokens in a row of `length` tokens, [Hs] int32 each."""
+        sink, start = self.spans(torch.tensor(length, dtype=torch.int32, device=self.sink.device)).unbind(-1)
+        return sink, start
+
     def in_pages(self, page_size: int, max_len: int) -> Window:
         """The window of heads that store whole pages: all tokens, where up to `max_len` none of its pages is free."""
-        sink, start = self.spans(torch.tensor(max_len, dtype=torch.int32)).unbind(-1)
+        sink, start = self.at(max_len)
         frees = (start // page_size > -(-sink // page_size))[:, None]
         return replace(self, alpha=torch.where(frees, self.alpha, 0), beta=torch.where(frees, self.beta, 1))
 
     def is_whole(self, max_len: int) -> Tensor:
         """Whether heads attend to all tokens of rows of up to `max_len`, [Hs] bool."""
-        sink, start = self.spans(torch.tensor(max_len, dtype=torch.int32)).unbind(-1)
+        sink, start = self.at(max_len)
         return start <= sink
 
 

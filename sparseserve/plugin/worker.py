@@ -61,5 +61,5 @@ class SparseWorker:
         return snapshot()
 
     def sparseserve_outcome(self, request: str) -> dict[str, Any] | None:
-        """What became of a request, by the X-Request-Id it came with."""
+        """What became of a request, by the name that the API server gave it in X-Request-Id."""
         return None if self._requests is None else self._requests.outcome(request)

@@ -113,8 +113,7 @@ class Policy(BaseModel, ABC):
         """Tokens that a layer attends to in a row of `length` tokens, at most; the mean over its heads."""
         if plan.window is None or length <= self.dense_up_to:
             return length
-        row = torch.tensor(length, dtype=torch.int32, device=plan.window.sink.device)
-        first, start = plan.window.spans(row).unbind(-1)
+        first, start = plan.window.at(length)
         return float((length - (start - first).clamp(min=0)).double().mean())
 
     def summary_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
@@ -211,6 +210,11 @@ class BudgetPolicy(Policy):
         return self
 
     @property
+    def least_budget(self) -> int:
+        """A unit in tokens, beside sink and recent tokens."""
+        return self.sink_tokens + self.recent_tokens + self.selection_unit
+
+    @property
     def largest_budget(self) -> int:
         """The most tokens that any request may have as its budget."""
         if not self.per_request and self.recall_action != "widen":
@@ -219,7 +223,7 @@ class BudgetPolicy(Policy):
 
     @property
     def budget_bounds(self) -> tuple[int, int] | None:
-        return self.sink_tokens + self.recent_tokens + self.selection_unit, self.largest_budget
+        return self.least_budget, self.largest_budget
 
     def wider(self, budget: int) -> int:
         now = budget or self.budget_tokens
@@ -241,9 +245,10 @@ class BudgetPolicy(Policy):
 
     def check_budget(self) -> None:
         """Raise ConfigError for a budget that holds no unit."""
-        least = self.sink_tokens + self.recent_tokens + self.selection_unit
-        if self.budget_tokens < least:
-            allowed = f"at least {least}: a unit of {self.selection_unit} tokens beside sink and recent tokens"
+        if self.budget_tokens < self.least_budget:
+            allowed = (
+                f"at least {self.least_budget}: a unit of {self.selection_unit} tokens beside sink and recent tokens"
+            )
             raise ConfigError("budget_tokens", self.budget_tokens, allowed, remedy="give --set budget_tokens=2048")
 
     def select_plan(self, layer: int, heads: HeadShape, dense_output: bool = False) -> LayerPlan:

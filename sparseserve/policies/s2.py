@@ -83,7 +83,7 @@ class S2(Policy):
             beta=dense[:, None].double(),
             align=self.block_tokens,
         )
-        first = first_blocks(heads, total, self.stride, self.homo_heads, self.offset_blocks)
+        first = self._first_blocks(model)
         return tuple(
             LayerPlan(layer, Role.DENSE, dense_output=True)
             if self.dense_every is not None and (layer + 1) % self.dense_every == 0
@@ -93,8 +93,7 @@ class S2(Policy):
 
     def prepare(self, step: Step, model: ModelShape) -> None:
         units = step.selection.units
-        heads, total = self._heads(model, units.device)
-        first = first_blocks(heads, total, self.stride, self.homo_heads, self.offset_blocks)
+        first = self._first_blocks(model, units.device)
         units.copy_(first[:, None] + self.stride * torch.arange(units.shape[2], device=units.device))
         blocks = -(-step.table.seq_lens // self.block_tokens)
         count = -(-(blocks[:, None] - first) // self.stride)
@@ -104,10 +103,13 @@ class S2(Policy):
         local = super().expected_tokens(plan, length)
         if plan.window is None or plan.first_unit is None or length <= self.dense_up_to:
             return local
-        row = torch.tensor(length, dtype=torch.int32, device=plan.first_unit.device)
-        before = plan.window.spans(row)[..., 1] // self.block_tokens  # [Hs]
+        before = plan.window.at(length)[1] // self.block_tokens  # [Hs]
         distant = -(-(before - plan.first_unit) // self.stride)
         return local + self.block_tokens * float(distant.clamp(min=0).double().mean())
+
+    def _first_blocks(self, model: ModelShape, device: torch.device = CPU) -> Tensor:
+        """The first distant block of each of this rank's selection heads, [Hs]."""
+        return first_blocks(*self._heads(model, device), self.stride, self.homo_heads, self.offset_blocks)
 
     def _heads(self, model: ModelShape, device: torch.device = CPU) -> tuple[Tensor, int]:
         """This rank's selection heads by their number in the model, [Hs], and how many that has."""
