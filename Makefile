@@ -12,7 +12,7 @@ demo: $(VENV)/.built
 	$(BIN)/sparseserve demo
 
 # Servers and engines leave half of two cores idle while they start: the other tests run meanwhile, behind them.
-SERVING := tests/e2e tests/evaluation tests/plugin
+SERVING := tests/e2e tests/evaluation tests/plugin tests/deploy/test_live_metrics.py tests/deploy/test_stack.py
 test: lint $(CHECKS)/.installed
 	mkdir -p build
 	OMP_WAIT_POLICY=passive nice -n 19 $(BIN)/python -m pytest $(addprefix --ignore ,$(SERVING)) >build/tests.txt 2>&1 & \

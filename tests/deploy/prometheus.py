@@ -19,6 +19,7 @@ from observability import FOLDER
 
 from sparseserve.server.process import free_port
 
+INTERVAL = "3s"  # longer than a busy server waits for its workers
 PATIENCE = 240.0  # seconds; other tests may leave little of the machine
 
 
@@ -48,9 +49,9 @@ class Prometheus:
 
 @contextmanager
 def scraping(target: str, folder: Path) -> Iterator[Prometheus]:
-    """A Prometheus that scrapes `target` (host:port) every second and evaluates the rules as often."""
+    """A Prometheus that scrapes `target` (host:port) and evaluates the rules much more often than in production."""
     config = yaml.safe_load((FOLDER / "prometheus.yml").read_text())
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["global"] = {"scrape_interval": INTERVAL, "evaluation_interval": INTERVAL}
     config["rule_files"] = [str(FOLDER / name) for name in config["rule_files"]]
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))

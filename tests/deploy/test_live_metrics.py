@@ -77,7 +77,7 @@ def load(server: Server, seed: int) -> None:
     with pytest.raises(BadRequestError):
         complete(200, sparse_budget_tokens=1)
     stream = client.completions.create(
-        model="demo", prompt="x" * 1000, max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+        model="demo", prompt="x" * 600, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     stream.close()

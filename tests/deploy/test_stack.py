@@ -17,7 +17,7 @@ import pytest
 from compose import SERVICES
 from observability import ALERTS, DEPLOY
 from openai import AuthenticationError, OpenAI
-from prometheus import Prometheus
+from prometheus import INTERVAL, Prometheus
 from stack import KEY, SBIN, command, environment, free_address, process, without_compiler
 
 from sparseserve.demo.build import build
@@ -65,7 +65,7 @@ def prometheus(folder: Path, server: Server) -> Iterator[Prometheus]:
     address = free_address()
     places = {
         "sparseserve:8000": server.url.removeprefix("http://"),
-        "_interval: 15s": "_interval: 1s",
+        "_interval: 15s": f"_interval: {INTERVAL}",
         "path=/prometheus": f"path={folder}/series",
     }
     started = [*command("prometheus", folder / "prometheus", places), f"--web.listen-address={address}"]

@@ -5,7 +5,9 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,11 @@ from sparseserve.server.supervise import START_GRACE
 
 pytestmark = pytest.mark.e2e
 ROWS, TAKEN = 2, 4  # vLLM's cap on the queue counts the rows that run, too
-FLAGS = ["--served-model-name", "demo", "--max-model-len", "2048", "--max-num-seqs", str(ROWS), "--enforce-eager"]
+FLAGS = ["--served-model-name", "demo", "--max-model-len", "9216", "--max-num-seqs", str(ROWS), "--enforce-eager"]
 FLAGS += ["--max-num-queued-reqs", str(TAKEN)]
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-CLIENT = httpx.Client(timeout=120)
 QUESTION = ask(700, 0.5, seed=3, value_length=4)
-STREAM = {"prompt": QUESTION.prompt, "max_tokens": 1200, "ignore_eos": True, "stream": True, "temperature": 0}
+BODY = {"prompt": QUESTION.prompt, "max_tokens": 5, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +64,21 @@ def _refused(model: Path, policy: Path) -> str:
     return ended.stderr
 
 
-def _answer(server: Server) -> str:
-    body = {"prompt": QUESTION.prompt, "max_tokens": 5, "temperature": 0}
-    answer = CLIENT.post(f"{server.url}/v1/completions", json=body)
-    text: str = answer.json()["choices"][0]["text"]
+def _post(server: Server) -> httpx.Response:
+    # A client of its own: threads that share one may wait for each other's connection.
+    return httpx.post(f"{server.url}/v1/completions", json=BODY, timeout=120, verify=False)
+
+
+def _text(response: httpx.Response) -> str:
+    text: str = response.json()["choices"][0]["text"]
     return text
 
 
-def _events(server: Server) -> list[dict[str, Any]]:
+def _events(server: Server, tokens: int) -> list[dict[str, Any]]:
     """The events of a stream, to its end or to where it breaks off; of one that never began its refusal."""
     events: list[dict[str, Any]] = []
-    # A client of its own: threads that share one may wait for each other's connection.
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=STREAM, timeout=120, verify=False) as response:
+    body = BODY | {"max_tokens": tokens, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120, verify=False) as response:
         if response.is_error:
             return [json.loads(response.read())]
         for line in response.iter_lines():
@@ -83,20 +87,24 @@ def _events(server: Server) -> list[dict[str, Any]]:
     return events
 
 
-def _streams(pool: ThreadPoolExecutor, server: Server) -> list[Future[list[dict[str, Any]]]]:
-    """As many streams as the server takes, first those that run."""
-    streams = [pool.submit(_events, server) for _ in range(ROWS)]
-    _wait(server, "running", ROWS)
-    streams += [pool.submit(_events, server) for _ in range(TAKEN - ROWS)]
-    _wait(server, "waiting", TAKEN - ROWS)
+def _streams(pool: ThreadPoolExecutor, server: Server, tokens: int) -> list[Future[list[dict[str, Any]]]]:
+    """As many streams as the server takes: some run, the others wait."""
+    streams = [pool.submit(_events, server, tokens) for _ in range(TAKEN)]
+    deadline = time.monotonic() + 60
+    while server.total("vllm:num_requests_waiting") != TAKEN - ROWS:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     return streams
 
 
-def _wait(server: Server, state: str, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while server.total(f"vllm:num_requests_{state}") < count:
-        assert time.monotonic() < deadline, f"no {count} requests are {state}"
-        time.sleep(0.05)
+@contextmanager
+def _standing_still(server: Server) -> Iterator[None]:
+    worker = _worker(server)
+    worker.suspend()
+    try:
+        yield
+    finally:
+        worker.resume()
 
 
 def _worker(server: Server) -> psutil.Process:
@@ -123,7 +131,7 @@ def test_a_policy_file_that_breaks_stops_the_next_start_only(
     _write(policy, gates, "budget_tokns")
     said = _refused(model, policy)
     assert all(part in said for part in (str(policy), "budget_tokns = 256", "Did you mean 'budget_tokens'", "Remedy"))
-    assert _answer(server) == QUESTION.answer
+    assert _text(_post(server)) == QUESTION.answer
     _write(policy, gates, "budget_tokens")
 
 
@@ -134,37 +142,34 @@ def test_an_artifact_that_breaks_stops_the_next_start_only(
     gates.write_bytes(whole[:-1])
     said = _refused(model, policy)
     assert all(part in said for part in (str(gates), "Remedy")), said
-    assert _answer(server) == QUESTION.answer
+    assert _text(_post(server)) == QUESTION.answer
     gates.write_bytes(whole)
 
 
 def test_a_worker_that_stands_still_delays_answers(server: Server) -> None:
     with ThreadPoolExecutor() as pool:
-        streams = _streams(pool, server)
-        worker = _worker(server)
-        worker.suspend()
-        time.sleep(3)
-        ended = [stream.done() for stream in streams]
-        worker.resume()
+        streams = _streams(pool, server, tokens=1000)
+        with _standing_still(server):
+            assert not wait(streams, timeout=3).done
         events = [stream.result() for stream in streams]
-    assert not any(ended)
     assert {stream[-1]["choices"][0]["finish_reason"] for stream in events} == {"length"}
     assert len({"".join(event["choices"][0]["text"] for event in stream) for stream in events}) == 1
 
 
 def test_a_full_queue_sends_clients_away_and_works_on(server: Server) -> None:
     with ThreadPoolExecutor() as pool:
-        streams = _streams(pool, server)
-        refused = CLIENT.post(f"{server.url}/v1/completions", json=STREAM)
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-        assert {stream.result()[-1]["choices"][0]["finish_reason"] for stream in streams} == {"length"}
-    assert _answer(server) == QUESTION.answer
+        with _standing_still(server):
+            answers = [pool.submit(_post, server) for _ in range(TAKEN + 2)]
+            refused = [answer.result() for answer in islice(as_completed(answers, timeout=60), 2)]
+            assert {(answer.status_code, answer.headers["retry-after"]) for answer in refused} == {(503, "1")}
+        taken = [answer.result() for answer in answers if answer.result() not in refused]
+        assert [_text(answer) for answer in taken] == [QUESTION.answer] * TAKEN
 
 
 def test_a_killed_worker_ends_every_stream_and_the_server(server: Server) -> None:
     """Runs last: it ends the server."""
     with ThreadPoolExecutor() as pool:
-        streams = _streams(pool, server)
+        streams = _streams(pool, server, tokens=8000)
         _worker(server).kill()
         deadline = time.monotonic() + 10
         events = [stream.result(deadline - time.monotonic()) for stream in streams]
