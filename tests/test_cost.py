@@ -59,7 +59,11 @@ def test_short_rows_are_dense(policy: Policy) -> None:
 
 def test_hip_reads_the_keys_it_probes_and_one_state() -> None:
     policy = Hip(wide_layers=0)
-    (select,) = cost(policy).roles
-    keys = LENGTH / 256 * 18 / 32 + LENGTH / 32 * 12 / 16 + 8192 / 8 * 8 / 8  # chunks x probes / steps
-    assert select.scored_bytes == 6 * (keys * KEY + policy.summary_bytes(MODEL.heads, MODEL.page_size, 2))
-    assert select.kv_bytes == 6 * 3328 * 2 * KEY
+    for length, keys in {  # chunks x probes / steps of the stages that do not keep everything
+        8192: (8192 - 256 - 768) / 8 * 8 / 8,
+        32768: (32768 - 256 - 768) / 32 * 12 / 16 + 8192 / 8 * 8 / 8,
+        65536: (65536 - 256 - 768) / 256 * 18 / 32 + 32768 / 32 * 12 / 16 + 8192 / 8 * 8 / 8,
+    }.items():
+        (select,) = cost(policy, length).roles
+        assert select.scored_bytes == 6 * (keys * KEY + policy.summary_bytes(MODEL.heads, MODEL.page_size, 2))
+        assert select.kv_bytes == 6 * 3328 * 2 * KEY

@@ -114,11 +114,15 @@ class Hip(BudgetPolicy):
     def scored_bytes(self, plan: LayerPlan, model: ModelShape, length: int, element_bytes: int) -> float:
         """The state in the last page and the keys that a step probes, the mean over the steps from search to search."""
         key = model.heads.kv_heads * model.heads.head_dim * element_bytes
+        tokens = max(0, length - self.sink_tokens - max(0, self.recent_tokens - self.chunk_tokens[0]))
+        found = self.expected_tokens(plan, length) - self.sink_tokens - self.recent_tokens
         keys, period = 0.0, model.page_size  # a page begins with a search
-        for chunk, kept, steps in zip(self.chunk_tokens, (length, *self.stage_tokens), self.refresh_steps, strict=True):
+        for chunk, most, steps in zip(self.chunk_tokens, (*self.stage_tokens, found), self.refresh_steps, strict=True):
             period = min(period, steps)
             probes = 2 * chunk.bit_length()  # two in each round, from the width of the chunk down to 1
-            keys += min(length, kept) / chunk * probes / period
+            if tokens > most:  # else all are kept unseen
+                keys += tokens / chunk * probes / period
+                tokens = most
         return keys * key + self.summary_bytes(model.heads, model.page_size, element_bytes)
 
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
