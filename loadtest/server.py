@@ -137,7 +137,7 @@ def start(setting: Setting, model: str, flags: Sequence[str], log: Path) -> Serv
     with log.open("wb") as output:
         output.write(f"{line}\n".encode())
         output.flush()
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=env, process_group=0)
     return Server(f"http://127.0.0.1:{port}", SERVED_NAME, line, process, log)
 
 

@@ -74,7 +74,7 @@ def running(
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | (env or {}),
-            start_new_session=True,
+            process_group=0,
             preexec_fn=stop_with_parent,
         )
         server = Server(f"http://127.0.0.1:{port}", process, log)

@@ -47,8 +47,9 @@ def supervise(command: Sequence[str]) -> int:
             os.killpg(child.pid, signal.SIGKILL)
 
     signal.signal(signal.SIGUSR1, serve)
-    # Its own session: Ctrl+C reaches it once, through us, and what it leaves behind can be found.
-    child = subprocess.Popen(command, start_new_session=True, env=os.environ | {ENV_SUPERVISOR: str(os.getpid())})
+    # Its own group: Ctrl+C reaches it once, through us, and what it leaves behind can be found. No session: Linux would
+    # share the processors out between sessions, and starve whoever asks the server beside it.
+    child = subprocess.Popen(command, process_group=0, env=os.environ | {ENV_SUPERVISOR: str(os.getpid())})
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop)
     signal.signal(signal.SIGALRM, end)
