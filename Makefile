@@ -15,7 +15,7 @@ demo: $(VENV)/.built
 SERVING := tests/e2e tests/evaluation tests/plugin tests/deploy/test_live_metrics.py tests/deploy/test_stack.py
 test: lint $(CHECKS)/.installed
 	mkdir -p build
-	OMP_WAIT_POLICY=passive nice -n 19 $(BIN)/python -m pytest $(addprefix --ignore ,$(SERVING)) >build/tests.txt 2>&1 & \
+	OMP_WAIT_POLICY=passive nice -n 10 $(BIN)/python -m pytest $(addprefix --ignore ,$(SERVING)) >build/tests.txt 2>&1 & \
 	others=$$!; $(BIN)/python -m pytest $(SERVING); served=$$?; \
 	wait $$others; rest=$$?; cat build/tests.txt; exit $$((served + rest))
 
