@@ -11,12 +11,11 @@ KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o 
 demo: $(VENV)/.built
 	$(BIN)/sparseserve demo
 
-# Servers and engines leave half of two cores idle while they start: the other tests run meanwhile, behind them.
-SERVING := tests/e2e tests/evaluation tests/plugin tests/deploy/test_live_metrics.py tests/deploy/test_stack.py
+# Servers leave half of two cores idle while they start: the other tests run meanwhile, behind them.
 test: lint $(CHECKS)/.installed
 	mkdir -p build
-	OMP_WAIT_POLICY=passive nice -n 10 $(BIN)/python -m pytest $(addprefix --ignore ,$(SERVING)) >build/tests.txt 2>&1 & \
-	others=$$!; $(BIN)/python -m pytest $(SERVING); served=$$?; \
+	OMP_WAIT_POLICY=passive nice -n 10 $(BIN)/python -m pytest -m "not e2e" >build/tests.txt 2>&1 & \
+	others=$$!; $(BIN)/python -m pytest -m e2e; served=$$?; \
 	wait $$others; rest=$$?; cat build/tests.txt; exit $$((served + rest))
 
 # From a model to its policy, under ten minutes: every calibration of the built demo model, then the best of what they wrote.

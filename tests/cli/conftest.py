@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -45,6 +48,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "encoder": {"architectures": ["BertModel"], "model_type": "bert", "max_position_embeddings": 512},
 }
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What a command sets ends with its test."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
