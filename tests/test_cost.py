@@ -57,6 +57,10 @@ def test_short_rows_are_dense(policy: Policy) -> None:
     assert cost(policy, 1025).ratio != 1
 
 
+def test_hip_searches_nothing_where_the_budget_holds_the_row() -> None:
+    assert cost(Hip(wide_layers=6), 4096).bytes == 6 * 4096 * 2 * KEY
+
+
 def test_hip_reads_the_keys_it_probes_and_one_state() -> None:
     policy = Hip(wide_layers=0)
     for length, keys in {  # chunks x probes / steps of the stages that do not keep everything

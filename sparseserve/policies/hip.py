@@ -113,9 +113,12 @@ class Hip(BudgetPolicy):
 
     def scored_bytes(self, plan: LayerPlan, model: ModelShape, length: int, element_bytes: int) -> float:
         """The state in the last page and the keys that a step probes, the mean over the steps from search to search."""
+        attended = self.expected_tokens(plan, length)
+        if attended == length:
+            return 0.0  # attended to without a search
         key = model.heads.kv_heads * model.heads.head_dim * element_bytes
         tokens = max(0.0, length - self.sink_tokens - max(0, self.recent_tokens - self.chunk_tokens[0]))
-        found = self.expected_tokens(plan, length) - self.sink_tokens - self.recent_tokens
+        found = attended - self.sink_tokens - self.recent_tokens
         keys, period = 0.0, model.page_size  # a page begins with a search
         for chunk, most, steps in zip(self.chunk_tokens, (*self.stage_tokens, found), self.refresh_steps, strict=True):
             period = min(period, steps)
