@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sparseserve.server.supervise import SERVER_ENDED, START_GRACE
+from sparseserve.testing.waiting import PATIENCE, wait_until
 
 PRELUDE = (
     "import os, pathlib, signal, subprocess, sys, time\n"
@@ -29,7 +29,6 @@ HEALTHY = (
     "    def do_GET(self): self.send_response(200); self.end_headers()\n"
     "http.HTTPServer(('127.0.0.1', int(sys.argv[-1])), Handler).serve_forever()"
 )
-PATIENCE = 60  # seconds; other tests may leave little of the machine
 Start = Callable[..., "tuple[subprocess.Popen[bytes], int]"]
 
 
@@ -45,13 +44,6 @@ def start(tmp_path: Path) -> Start:
         return supervisor, int(pid.read_text())
 
     return run
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def alive(pid: int) -> bool:

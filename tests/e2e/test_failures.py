@@ -19,6 +19,7 @@ from sparseserve.demo.gates import build_gates
 from sparseserve.demo.questions import ask
 from sparseserve.server.process import SERVE, Server, running
 from sparseserve.server.supervise import START_GRACE
+from sparseserve.testing.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 ROWS, TAKEN = 2, 4  # vLLM's cap on the queue counts the rows that run, too
@@ -90,10 +91,7 @@ def _events(server: Server, tokens: int) -> list[dict[str, Any]]:
 def _streams(pool: ThreadPoolExecutor, server: Server, tokens: int) -> list[Future[list[dict[str, Any]]]]:
     """As many streams as the server takes: some run, the others wait."""
     streams = [pool.submit(_events, server, tokens) for _ in range(TAKEN)]
-    deadline = time.monotonic() + 60
-    while server.total("vllm:num_requests_waiting") != TAKEN - ROWS:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: server.total("vllm:num_requests_waiting") == TAKEN - ROWS)
     return streams
 
 

@@ -3,9 +3,8 @@
 import http.client
 import json
 import signal
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from openai import APIStatusError, BadRequestError, OpenAI
 
 from sparseserve.server.limits import OPEN
 from sparseserve.server.process import SERVE, Server, running
+from sparseserve.testing.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 KEY = "sk-test"
@@ -54,13 +54,6 @@ def call(server: Server, method: str, path: str, body: bytes | None = None, key:
             return response.status, response.headers, response.read()
     except HTTPError as error:
         return error.code, error.headers, error.read()
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def ran(server: Server) -> float:
