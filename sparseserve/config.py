@@ -22,13 +22,12 @@ import yaml
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 
+from sparseserve import environment
 from sparseserve.errors import MISSING, ConfigError, policy_errors
 from sparseserve.policies import POLICIES, Policy
 
 ADDITIONAL_CONFIG = "sparseserve"  # the key of our settings in vLLM's additional_config
 WORKERS = {device: f"sparseserve.plugin.worker_{device}.Sparse{device.upper()}Worker" for device in ("cpu", "cuda")}
-ENV_POLICY = "SPARSESERVE_POLICY"
-ENV_SET = "SPARSESERVE_SET_"
 SEE_POLICIES = "see `sparseserve policies`"
 SEE_SCHEMA = "see `sparseserve policies --schema`"
 
@@ -77,13 +76,13 @@ class PolicySource:
 
 def find_policy(spec: str | None, sets: Sequence[str], env: Mapping[str, str]) -> PolicySource:
     """Read what was asked for; a policy given by name is checked at once, one in a file once the model is known."""
-    spec = spec or env.get(ENV_POLICY)
+    spec = spec or env.get(environment.POLICY)
     if not spec:
         raise ConfigError("policy", MISSING, choices=list(POLICIES), remedy="give --policy NAME or --policy FILE")
     overrides = _from_env(env) | dict(map(_from_flag, sets))
     if "policy" in overrides:
         value, where = overrides["policy"]
-        remedy = f"give --policy {value}, or {ENV_POLICY}={value}"
+        remedy = f"give --policy {value}, or {environment.POLICY}={value}"
         raise ConfigError("policy", value, "a hyper-parameter of a policy", remedy=remedy, where=where)
     if spec not in POLICIES and _is_file(spec):
         return PolicySource(read_policy_file(spec), spec, overrides)
@@ -186,8 +185,10 @@ def _from_flag(text: str) -> tuple[str, tuple[Any, str]]:
 
 
 def _from_env(env: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
-    names = [name for name in env if name.startswith(ENV_SET)]
-    return {(key := name.removeprefix(ENV_SET).lower()): (_scalar(key, env[name], name), name) for name in names}
+    names = [name for name in env if name.startswith(environment.SET)]
+    return {
+        (key := name.removeprefix(environment.SET).lower()): (_scalar(key, env[name], name), name) for name in names
+    }
 
 
 def _scalar(key: str, text: str, where: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.cost import token_bytes
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.storage import EPSILON, Span, Storage, head_spans, store_heads
 from sparseserve.types import LayerPlan

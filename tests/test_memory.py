@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparseserve.memory import HeadGroup, Memory, StepMemory, needed_bytes, predict_memory
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Dense, Moa, Policy, Quest, Retrieval, Streaming
 from sparseserve.storage import Span
 from sparseserve.testing.plans import write_head_map, write_moa_plan

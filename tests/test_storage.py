@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Dense, Moa, Policy, Retrieval, Streaming
 from sparseserve.storage import MAX_CLASSES, MAX_GROUPS, Span, Storage, store_heads
 from sparseserve.types import HeadShape, LayerPlan

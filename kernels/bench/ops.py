@@ -26,7 +26,7 @@ from torch.utils.cpp_extension import load
 from vllm import _custom_ops as vllm_ops
 
 from sparseserve import ops, reference
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Hip
 from sparseserve.testing.gates import plain_rope, random_gates
 from sparseserve.testing.oracle import assert_as_exact

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparseserve.errors import ArtifactError, Problem
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 
 Kind = Literal["moa", "retrieval", "seer", "s2"]
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, TypeAdapter
 
 from sparseserve.artifacts.read import MAX_HEADS, MAX_LAYERS, parse, parse_json, read_bytes, refuse
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.types import HeadShape
 
 Heads = Annotated[int, Field(ge=1, le=MAX_HEADS, strict=True)]

@@ -16,7 +16,7 @@ from transformers.utils.hub import cached_file
 from sparseserve.artifacts import read_model
 from sparseserve.calibration.attention import IMPLEMENTATION, Attention, Hook, hooked
 from sparseserve.errors import CalibrationError, Problem, UnsupportedError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from sparseserve.config import ENV_SET, load_policy, to_dict
+from sparseserve import environment
+from sparseserve.config import load_policy, to_dict
 from sparseserve.errors import ConfigError
 from sparseserve.evaluation.tasks import TASKS
 from sparseserve.policies import POLICIES, BudgetPolicy, Policy, Streaming
@@ -150,6 +151,6 @@ class Request(BaseModel):
 
 def _check_environment() -> None:
     for name in os.environ:
-        if name.startswith(ENV_SET):
+        if name.startswith(environment.SET):
             remedy = f"unset {name}, and write the value behind the policy: quest:budget_tokens=512"
             raise ConfigError(name, os.environ[name], "unset: it would reach every setting", remedy=remedy)

@@ -21,7 +21,7 @@ from sparseserve.cache import summaries
 from sparseserve.decode import SparseLayer, decode_layer
 from sparseserve.errors import UnsupportedError
 from sparseserve.memory import Memory, memory_of
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.plugin.cache import with_summaries
 from sparseserve.plugin.grouped import GroupedHeads, GroupedStep
 from sparseserve.plugin.heads import HeadGroups

@@ -13,10 +13,11 @@ from torch import Tensor
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
+from sparseserve import environment
+
 # Not NaN: vLLM's attention multiplies what lies behind the end of a row with 0.
 POISON = 1e4
-SWITCH = "SPARSESERVE_POISON_FREED_PAGES"
-ENABLED = os.environ.get(SWITCH) == "1"
+ENABLED = os.environ.get(environment.POISON) == "1"
 
 _FREED: set[int] = set()
 

@@ -17,9 +17,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from sparseserve.errors import ConfigError
-from sparseserve.options import RequestOptions, read_options
 from sparseserve.plugin.metrics import IGNORED_OPTIONS
 from sparseserve.policies import Policy
+from sparseserve.request_options import RequestOptions, read_options
 
 logger = init_logger(f"vllm.{__name__}")
 ASKED = "request"

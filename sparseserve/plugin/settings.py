@@ -15,9 +15,10 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.v1.attention.backend import AttentionImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout, is_quantized_kv_cache
 
+from sparseserve import environment
 from sparseserve.config import ADDITIONAL_CONFIG, from_dict
 from sparseserve.errors import Problem, UnsupportedError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.plugin import poison
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape
@@ -116,7 +117,7 @@ def group_problems(vllm_config: VllmConfig, policy: Policy) -> Iterator[Problem]
         yield Problem("VLLM_KV_CACHE_LAYOUT", layout, allowed, remedy=f"unset it, or {shared}")
     if poison.ENABLED and envs.VLLM_ENABLE_V1_MULTIPROCESSING:
         allowed = "unset, unless scheduler and worker share a process"
-        yield Problem(poison.SWITCH, 1, allowed, remedy="unset it, or set VLLM_ENABLE_V1_MULTIPROCESSING=0")
+        yield Problem(environment.POISON, 1, allowed, remedy="unset it, or set VLLM_ENABLE_V1_MULTIPROCESSING=0")
 
 
 def cuda_problems(vllm_config: VllmConfig, policy: Policy, heads: HeadShape) -> Iterator[Problem]:

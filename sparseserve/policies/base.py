@@ -14,7 +14,7 @@ from torch import Tensor
 from sparseserve import artifacts
 from sparseserve.artifacts import Artifact, Kind
 from sparseserve.errors import ArtifactError, ConfigError, Problem
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.types import HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step, Wanted
 
 Tokens = Annotated[int, Field(ge=0)]

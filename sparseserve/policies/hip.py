@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from sparseserve import ops
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies.base import BudgetPolicy, PositiveTokens, Tokens
 from sparseserve.types import HeadShape, LayerPlan, NewTokens, PagedKV, Scope, Step
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies.base import PositiveTokens, Tokens, WindowPolicy, load_artifact
 from sparseserve.types import LayerPlan, Role, Scope, Window
 

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from sparseserve import ops
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies.base import PositiveTokens, ScorePolicy, Tokens
 from sparseserve.types import Bound, HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sparseserve.artifacts import Artifact
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies.base import PositiveTokens, Tokens, WindowPolicy, load_artifact
 from sparseserve.types import HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step, Window
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sparseserve.artifacts.s2 import TRAINED_OFFSET, first_blocks
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies.base import Policy, load_artifact
 from sparseserve.types import CPU, LayerPlan, Role, Scope, Step, Window
 

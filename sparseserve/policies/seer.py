@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseserve import ops
 from sparseserve.errors import ArtifactError, Problem, UnsupportedError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies.base import PositiveTokens, ScorePolicy, Tokens, load_artifact
 from sparseserve.types import Gate, HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step
 

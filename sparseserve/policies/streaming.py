@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies.base import PositiveTokens, Tokens, WindowPolicy
 from sparseserve.types import LayerPlan, Role, Window
 

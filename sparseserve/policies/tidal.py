@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseserve import ops
 from sparseserve.errors import MISSING, ConfigError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies.base import ScorePolicy
 from sparseserve.types import LayerPlan, PagedKV, Role, Scope, Step
 

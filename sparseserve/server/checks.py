@@ -9,8 +9,8 @@ import vllm.envs as envs
 from vllm.platforms import current_platform
 
 from sparseserve.errors import Problem, UnsupportedError
+from sparseserve.model import ModelShape
 from sparseserve.ops.library import kernels
-from sparseserve.plan import ModelShape
 from sparseserve.plugin import settings
 from sparseserve.policies import Dense, Policy
 from sparseserve.types import HeadShape, LayerPlan, Role

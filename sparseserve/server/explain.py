@@ -9,7 +9,7 @@ from sparseserve.config import PolicySource
 from sparseserve.cost import StepCost, step_cost, token_bytes
 from sparseserve.errors import ConfigError
 from sparseserve.memory import Memory, Stored, emptiest_rank, needed_bytes, predict_memory
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.server.checks import check_supported, model_shape, plan_layers
 from sparseserve.server.launch import engine_config, parse, platform_flags, vllm_errors

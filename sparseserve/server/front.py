@@ -11,11 +11,12 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 from starlette.responses import Response
 
+from sparseserve.environment import max_request_bytes
 from sparseserve.plugin.settings import policy_of
 from sparseserve.policies import Policy
 from sparseserve.server.counters import CountMiddleware, announce
 from sparseserve.server.drain import Drain, DrainMiddleware, readiness
-from sparseserve.server.limits import BodyMiddleware, KeyMiddleware, api_keys, max_request_bytes
+from sparseserve.server.limits import BodyMiddleware, KeyMiddleware, api_keys
 from sparseserve.server.outcome import OutcomeMiddleware
 from sparseserve.server.refusals import RefusalMiddleware
 from sparseserve.server.request_options import OptionReader, OptionsMiddleware

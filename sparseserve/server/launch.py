@@ -16,13 +16,13 @@ from itertools import chain
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
-from sparseserve import ops
+from sparseserve import environment, ops
 from sparseserve.config import ADDITIONAL_CONFIG, WORKERS, PolicySource, find_policy, to_dict
 from sparseserve.errors import ConfigError, Problem, SparseServeError, UnsupportedError
 from sparseserve.memory import emptiest_rank, needed_bytes, predict_memory
-from sparseserve.options import aliases, own_names
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
+from sparseserve.request_options import aliases, own_names
 from sparseserve.server.supervise import SERVER_ENDED
 from sparseserve.types import LayerPlan, Role
 
@@ -31,11 +31,7 @@ if TYPE_CHECKING:
 
 OUR_PLUGINS = ["sparseserve", "sparseserve_front", "sparseserve_metrics", "sparseserve_routes"]
 ENDPOINT_PLUGINS = "vllm.endpoint_plugins"
-ENV_PAGE = "SPARSESERVE_PAGE"
-ENV_REQUEST_BYTES = "SPARSESERVE_MAX_REQUEST_BYTES"
 DRAIN_TIMEOUT = 30  # seconds; vLLM's own 0 cuts running answers
-ENV_PROMETHEUS, ENV_TEMPORARY = "PROMETHEUS_MULTIPROC_DIR", "TMPDIR"
-PASSED_ON = ("VLLM_PLUGINS", ENV_PAGE, ENV_REQUEST_BYTES)  # to the API server
 CUDA_PAGE = 64  # tokens, at least; vLLM's 16 hold no unit of most policies
 
 
@@ -49,9 +45,9 @@ def main(argv: list[str]) -> int:
     split = argv.index("--")
     ours = own.parse_args(argv[:split])
     if ours.page:
-        os.environ[ENV_PAGE] = "1"  # read by the API server
+        os.environ[environment.PAGE] = "1"  # read by the API server
     if ours.max_request_bytes:
-        os.environ[ENV_REQUEST_BYTES] = ours.max_request_bytes  # read by the API server, too
+        os.environ[environment.REQUEST_BYTES] = ours.max_request_bytes  # read by the API server, too
     try:
         serve(find_policy(ours.policy, ours.set, os.environ), argv[split + 1 :])
     except SparseServeError as error:
@@ -65,7 +61,7 @@ def main(argv: list[str]) -> int:
 def serve(source: PolicySource, argv: list[str]) -> None:
     """Check the policy against vLLM's arguments, then run the server until it ends."""
     ops.isa()  # raises KernelsNotBuiltError
-    os.environ["VLLM_PLUGINS"] = ",".join(allowed_plugins(os.environ))  # read when vLLM loads its plugins
+    os.environ[environment.PLUGINS] = ",".join(allowed_plugins(os.environ))  # read when vLLM loads its plugins
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
@@ -86,9 +82,8 @@ class Launch:
 def prepare(source: PolicySource, argv: list[str]) -> Launch:
     """Everything that can be known before the engine starts."""
     from sparseserve.server.checks import check_supported, model_shape, plan_layers
-    from sparseserve.server.limits import max_request_bytes
 
-    max_request_bytes()  # raises ConfigError
+    environment.max_request_bytes()  # raises ConfigError
     with vllm_errors():
         args = parse(argv)
     check_metrics_folder(args, os.environ)
@@ -187,7 +182,7 @@ def server_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
 def check_metrics_folder(args: argparse.Namespace, env: Mapping[str, str]) -> None:
     """ConfigError when the folder in which several processes share metrics cannot be written."""
     several = (args.api_server_count or args.data_parallel_size) > 1
-    names = [ENV_PROMETHEUS, *([ENV_TEMPORARY] if several else [])]
+    names = [environment.PROMETHEUS, *([environment.TEMPORARY] if several else [])]
     name = next((name for name in names if env.get(name)), None)
     if name is None:
         return
@@ -233,8 +228,8 @@ def cuda_flags(policy: Policy, args: argparse.Namespace) -> list[str]:
 
 def allowed_plugins(env: Mapping[str, str]) -> list[str]:
     """VLLM_PLUGINS with our plugins in it: it is an allow-list, so what loads without it must be named too."""
-    if "VLLM_PLUGINS" in env:
-        theirs = env["VLLM_PLUGINS"].split(",")
+    if environment.PLUGINS in env:
+        theirs = env[environment.PLUGINS].split(",")
     else:
         # Endpoint plugins of others stay off, as they are without VLLM_PLUGINS.
         groups = entry_points().groups - {ENDPOINT_PLUGINS}
@@ -246,7 +241,7 @@ def allowed_plugins(env: Mapping[str, str]) -> list[str]:
 
 def command_line(argv: list[str]) -> str:
     """The same server without our launcher, to copy and paste."""
-    plugins = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
+    plugins = [f"{name}={os.environ[name]}" for name in environment.PASSED_ON if name in os.environ]
     try:
         distribution("vllm")
     except PackageNotFoundError:  # the console script needs it, repackaged builds lack it

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,26 +14,15 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from sparseserve.errors import ConfigError
 from sparseserve.server.asgi import error, path_of
-from sparseserve.server.launch import ENV_REQUEST_BYTES
 
 OPEN = {"/health", "/ready", "/ping", "/metrics", "/version", "/sparsity"}  # GET, without a key
 BODILESS = {"GET", "HEAD", "OPTIONS"}
-DEFAULT_REQUEST_BYTES = 32 * 2**20
 
 
 def api_keys(args: Namespace) -> list[str]:
     """The keys that vLLM's own middleware takes."""
     return [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
-
-
-def max_request_bytes() -> int:
-    """The cap that the launcher passes on."""
-    text = os.environ.get(ENV_REQUEST_BYTES, str(DEFAULT_REQUEST_BYTES))
-    if not text.isdecimal() or not int(text):
-        raise ConfigError(ENV_REQUEST_BYTES, text, "a whole number of bytes from 1", remedy="unset it for 32 MiB")
-    return int(text)
 
 
 class KeyMiddleware:

@@ -18,6 +18,7 @@ from starlette.datastructures import State
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 
+from sparseserve import environment
 from sparseserve.errors import SelfCheckError
 from sparseserve.plugin.settings import policy_of
 from sparseserve.server.asgi import path_of
@@ -92,7 +93,7 @@ class MetricsEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         """Add the middleware; with several API servers the workers' files already reach /metrics."""
         app.state.sparseserve_metrics = self
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        if environment.PROMETHEUS not in os.environ:
             REGISTRY.register(self._metrics)
             app.add_middleware(ScrapeMiddleware, endpoint=self)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseserve.cost import step_cost
 from sparseserve.memory import predict_memory
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.server.checks import model_shape, plan_layers
 from sparseserve.types import LayerPlan

@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field
 
 from sparseserve.config import to_dict
 from sparseserve.errors import ConfigError
-from sparseserve.options import BUDGET, POLICY, aliases, read_options
 from sparseserve.policies import Policy
+from sparseserve.request_options import BUDGET, POLICY, aliases, read_options
 from sparseserve.server.samples import Samples
 
 

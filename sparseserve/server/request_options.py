@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sparseserve.errors import ConfigError
-from sparseserve.options import BUDGET, POLICY, RequestOptions, own_names, read_alias, read_options
 from sparseserve.policies import Policy
+from sparseserve.request_options import BUDGET, POLICY, RequestOptions, own_names, read_alias, read_options
 from sparseserve.server.asgi import INFERENCE, error, is_post, path_of, set_header
 from sparseserve.server.counters import choose
 from sparseserve.server.limits import replay

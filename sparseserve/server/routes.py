@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry
 from starlette.datastructures import State
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
+from sparseserve import environment
 from sparseserve.plugin.settings import policy_of
 from sparseserve.policies import Policy
-from sparseserve.server.launch import ENV_PAGE
 from sparseserve.server.live_view import Live, live
 from sparseserve.server.metrics import current_metrics
 from sparseserve.server.page import page
@@ -108,7 +108,7 @@ class RoutesEndpoint:
         """Add the routes, and the page where it was asked for."""
         app.state.sparseserve_served = None
         app.include_router(router)
-        if os.environ.get(ENV_PAGE) == "1":
+        if os.environ.get(environment.PAGE) == "1":
             app.add_api_route("/sparsity", page, include_in_schema=False)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:

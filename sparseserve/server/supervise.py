@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
 
+from sparseserve import environment
+
 SERVER_ENDED = 1  # exit code of a server that stops serving; only the supervisor knows whether it was told to
 START_GRACE = 5  # seconds to end for a server that was told to before it serves
-ENV_SUPERVISOR = "SPARSESERVE_SUPERVISOR"  # whom to tell that the server serves
 PR_SET_PDEATHSIG = 1
 
 
@@ -49,7 +50,7 @@ def supervise(command: Sequence[str]) -> int:
     signal.signal(signal.SIGUSR1, serve)
     # Its own group: Ctrl+C reaches it once, through us, and what it leaves behind can be found. No session: Linux would
     # share the processors out between sessions, and starve whoever asks the server beside it.
-    child = subprocess.Popen(command, process_group=0, env=os.environ | {ENV_SUPERVISOR: str(os.getpid())})
+    child = subprocess.Popen(command, process_group=0, env=os.environ | {environment.SUPERVISOR: str(os.getpid())})
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop)
     signal.signal(signal.SIGALRM, end)
@@ -64,7 +65,7 @@ def supervise(command: Sequence[str]) -> int:
 
 def announce_serving() -> None:
     """Tell the supervisor, if there is one, that from now on a stop may cut answers."""
-    if supervisor := os.environ.get(ENV_SUPERVISOR):
+    if supervisor := os.environ.get(environment.SUPERVISOR):
         with suppress(ProcessLookupError):
             os.kill(int(supervisor), signal.SIGUSR1)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparseserve.cache import summaries
 from sparseserve.decode import SparseLayer, decode_layer
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.step import StepBuffers
 from sparseserve.testing import target

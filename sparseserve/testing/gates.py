@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.artifacts import Artifact
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 
 
 def plain_rope(positions: int, dim: int, theta: float = 10000.0) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from sparseserve.artifacts import Artifact, load, read_model
 from sparseserve.errors import ArtifactError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.types import HeadShape
 
 Write = Callable[..., Path]

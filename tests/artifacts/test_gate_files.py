@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sparseserve.artifacts import load, save
 from sparseserve.errors import ArtifactError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.types import HeadShape
 
 QWEN3_4B = {

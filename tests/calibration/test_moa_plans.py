@@ -21,7 +21,7 @@ from sparseserve.calibration.moa_windows import MINIMUM, candidates, density, wi
 from sparseserve.calibration.subject import Subject, load
 from sparseserve.cli.calibrate.moa import moa
 from sparseserve.errors import ArtifactError, CalibrationError, ConfigError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies.moa import Moa
 from sparseserve.types import HeadShape
 

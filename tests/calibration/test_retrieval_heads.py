@@ -25,7 +25,7 @@ from sparseserve.calibration.subject import Subject
 from sparseserve.cli.calibrate import app
 from sparseserve.demo.circuits import retrieval_heads as built_in
 from sparseserve.errors import CalibrationError, ConfigError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Retrieval
 from sparseserve.types import HeadShape, Role
 

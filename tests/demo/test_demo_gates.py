@@ -15,7 +15,7 @@ from sparseserve import reference
 from sparseserve.demo.circuits import GROUP, HEAD_DIM, KV_HEADS, LAYERS, ROPE_THETA
 from sparseserve.demo.gates import build_gates
 from sparseserve.demo.questions import Question, ask
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Seer
 from sparseserve.testing.gates import plain_rope
 from sparseserve.types import HeadShape, Selection, Wanted

@@ -10,7 +10,7 @@ import pytest
 from observability import DEPLOY
 
 from sparseserve.memory import predict_memory
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import S2, Dense, Hip, Moa, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.types import HeadShape
 

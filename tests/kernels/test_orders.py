@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparseserve.artifacts import save
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Hip, Policy, Quest, Seer, Tidal
 from sparseserve.testing import target
 from sparseserve.testing.bed import Bed, Outcome

@@ -30,7 +30,7 @@ from vllm.v1.worker.gpu.attn_utils import (
 )
 
 from sparseserve.config import WORKERS, to_dict
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.plugin import backend_cuda, layers
 from sparseserve.plugin.backend_cuda import SparseCUDABackend, SparseCUDABuilder
 from sparseserve.policies import Policy

@@ -29,11 +29,11 @@ from sparseserve import ops
 from sparseserve.config import find_policy
 from sparseserve.errors import UnsupportedError
 from sparseserve.ops import step_scratch
-from sparseserve.options import RequestOptions
 from sparseserve.plugin import metrics, settings, stats
 from sparseserve.plugin.backend_cuda import SparseCUDABackend
 from sparseserve.plugin.requests import Request
 from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Retrieval, Streaming, Tidal
+from sparseserve.request_options import RequestOptions
 from sparseserve.server.launch import cuda_flags, parse
 from sparseserve.step import StepBuffers, StepMemory
 from sparseserve.testing import target

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from sparseserve.options import RequestOptions
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.plugin import metrics
 from sparseserve.plugin.recall import EVERY, GROUPS, CudaRecall, Recall
 from sparseserve.plugin.requests import Request
 from sparseserve.policies import Dense, Policy, Quest, Tidal
+from sparseserve.request_options import RequestOptions
 from sparseserve.types import HeadShape, Measurement
 
 pytestmark = pytest.mark.vllm

@@ -17,7 +17,7 @@ from torch import Tensor
 from sparseserve.calibration.attention import Attention
 from sparseserve.calibration.samples import document
 from sparseserve.calibration.subject import Subject, decode, load
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Moa, Policy, Retrieval, Streaming
 from sparseserve.storage import store_heads
 from sparseserve.types import HeadShape

@@ -14,7 +14,7 @@ import torch
 from sparseserve.demo import circuits
 from sparseserve.demo.questions import ask
 from sparseserve.memory import Memory, predict_memory
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.plugin.metadata import RowSplit
 from sparseserve.plugin.metrics import KV_KINDS, WORKER
 from sparseserve.plugin.stats import Meter, snapshot

@@ -21,7 +21,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheSpec, UniformTypeKVCacheSpecs
 from vllm.v1.request import Request
 
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.plugin.heads import HeadGroups
 from sparseserve.plugin.window_cache import SinkWindowSpec
 from sparseserve.storage import Span, Storage

@@ -6,7 +6,7 @@ import pytest
 import torch
 from artifact_files import head_map, moa_plan, saved
 
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import S2, Dense, Hip, Moa, Policy, Quest, Retrieval, Seer, Streaming, Tidal
 from sparseserve.testing.bed import Bed, Outcome
 from sparseserve.testing.gates import plain_rope, random_gates

@@ -7,7 +7,7 @@ import torch
 
 from sparseserve.config import from_dict, load_policy, to_dict
 from sparseserve.errors import ConfigError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Hip
 from sparseserve.testing.bed import Bed, Outcome
 from sparseserve.types import HeadShape, NewTokens, Scope

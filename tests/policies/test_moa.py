@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseserve.artifacts import load, moa_density
 from sparseserve.errors import ArtifactError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Moa
 from sparseserve.testing.bed import Bed
 from sparseserve.types import HeadShape, Role, Window

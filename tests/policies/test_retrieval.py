@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparseserve.artifacts import load
 from sparseserve.errors import ArtifactError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Dense, Policy, Retrieval, Streaming
 from sparseserve.testing.bed import Bed, Outcome
 from sparseserve.types import HeadShape, Role

@@ -13,7 +13,7 @@ from artifact_files import head_map
 from torch import Tensor
 
 from sparseserve.errors import ArtifactError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import S2
 from sparseserve.step import StepBuffers
 from sparseserve.testing.bed import token_mask

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparseserve import ops, reference
 from sparseserve.errors import ArtifactError, ConfigError, UnsupportedError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Dense, Seer
 from sparseserve.reference.gate import rotate, unrotate
 from sparseserve.testing.bed import Bed, Outcome

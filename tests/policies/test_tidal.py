@@ -6,7 +6,7 @@ import pytest
 
 from sparseserve.config import from_dict, load_policy, to_dict
 from sparseserve.errors import ConfigError
-from sparseserve.plan import ModelShape
+from sparseserve.model import ModelShape
 from sparseserve.policies import Policy, Quest, Tidal
 from sparseserve.policies.tidal import RESELECTIONS
 from sparseserve.types import HeadShape, Role

@@ -14,8 +14,9 @@ import pytest
 from fastapi import FastAPI
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
+from sparseserve import environment
 from sparseserve.config import find_policy
-from sparseserve.server.launch import ENV_PAGE, engine_config, prepare
+from sparseserve.server.launch import engine_config, prepare
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -121,7 +122,7 @@ def served(args: Namespace, engine: Workers | None, page: str = "0") -> Iterator
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_PLUGINS", "sparseserve_metrics,sparseserve_routes")
-        patch.setenv(ENV_PAGE, page)
+        patch.setenv(environment.PAGE, page)
         app = build_app(args, ("generate",), None)
     for plugin in app.state.endpoint_plugins:
         asyncio.run(plugin.init_state(engine, app.state, args))
