@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparseserve.cache import cpu_views
+from sparseserve.decode.views import cpu_views
 from sparseserve.types import HeadShape, PagedKV
 
 PAGE, UNIT, KV_HEADS = 128, 32, 4

@@ -20,8 +20,9 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from sparseserve.cache import cpu_views
-from sparseserve.decode import decode_layer
+from sparseserve.decode.layer import decode_layer
+from sparseserve.decode.step import StepBuffers
+from sparseserve.decode.views import cpu_views
 from sparseserve.plugin.builder import Batch, SparseBuilder, check_worker
 from sparseserve.plugin.grouped import GroupedStep, GroupedSteps
 from sparseserve.plugin.layers import SparseBackend, SparseImpl, bind_layers, extended
@@ -30,7 +31,6 @@ from sparseserve.plugin.recall import Draw, Recall, rows_of
 from sparseserve.plugin.settings import head_shape, model_shape, policy_of
 from sparseserve.plugin.stats import Meter
 from sparseserve.policies import Policy
-from sparseserve.step import StepBuffers
 from sparseserve.types import NewTokens, PageTable, Step
 
 

@@ -25,8 +25,9 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from sparseserve.cache import cuda_views
-from sparseserve.decode import decode_layer
+from sparseserve.decode.layer import decode_layer
+from sparseserve.decode.step import StepBuffers
+from sparseserve.decode.views import cuda_views
 from sparseserve.errors import UnsupportedError
 from sparseserve.plugin.builder import Batch, SparseBuilder, check_worker
 from sparseserve.plugin.grouped import GroupedStep, GroupedSteps
@@ -44,7 +45,6 @@ from sparseserve.plugin.settings import (
 from sparseserve.plugin.stats import CudaMeter
 from sparseserve.plugin.workspace import step_memory
 from sparseserve.policies import Policy
-from sparseserve.step import StepBuffers
 from sparseserve.types import HeadShape, NewTokens, PageTable, Step, on_device
 
 

@@ -17,8 +17,8 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from sparseserve import ops
-from sparseserve.cache import summaries
-from sparseserve.decode import SparseLayer, decode_layer
+from sparseserve.decode.layer import SparseLayer, decode_layer
+from sparseserve.decode.views import summaries
 from sparseserve.errors import UnsupportedError
 from sparseserve.memory import Memory, memory_of
 from sparseserve.model import ModelShape

@@ -8,9 +8,9 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
+from sparseserve.decode.step import StepMemory
 from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.policies import Policy
-from sparseserve.step import StepMemory
 from sparseserve.types import HeadShape
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparseserve.cache import summaries
-from sparseserve.decode import SparseLayer, decode_layer
+from sparseserve.decode.layer import SparseLayer, decode_layer
+from sparseserve.decode.step import StepBuffers
+from sparseserve.decode.views import summaries
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
-from sparseserve.step import StepBuffers
 from sparseserve.testing import target
 from sparseserve.types import LayerPlan, Measurement, NewTokens, PageTable, Selection
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseserve.cache import cpu_views, cuda_views
+from sparseserve.decode.views import cpu_views, cuda_views
 from sparseserve.ops import step_scratch
 from sparseserve.ops.library import SCHEMAS, kernels
 from sparseserve.types import HeadShape, PagedKV

@@ -20,7 +20,8 @@ def main(asked: dict[str, Any]) -> dict[str, str]:
     )
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-    from sparseserve import decode, ops
+    from sparseserve import ops
+    from sparseserve.decode import layer as decode
     from sparseserve.errors import SelfCheckError
     from sparseserve.plugin.self_check import check_worker_attention
     from sparseserve.plugin.stats import snapshot

@@ -27,6 +27,7 @@ from vllm.config import VllmConfig
 
 from sparseserve import ops
 from sparseserve.config import find_policy
+from sparseserve.decode.step import StepBuffers, StepMemory
 from sparseserve.errors import UnsupportedError
 from sparseserve.ops import step_scratch
 from sparseserve.plugin import metrics, settings, stats
@@ -35,7 +36,6 @@ from sparseserve.plugin.requests import Request
 from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.request_options import RequestOptions
 from sparseserve.server.launch import cuda_flags, parse
-from sparseserve.step import StepBuffers, StepMemory
 from sparseserve.testing import target
 from sparseserve.testing.bed import Bed
 from sparseserve.testing.target import Layout

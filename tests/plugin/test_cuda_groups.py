@@ -20,11 +20,11 @@ from vllm.v1.worker.utils import clear_layer_kv_caches
 from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager, reset_workspace_manager
 
 from sparseserve import ops
+from sparseserve.decode.step import StepMemory
 from sparseserve.errors import UnsupportedError
 from sparseserve.plugin import metrics, stats, window_cache
 from sparseserve.plugin.backend_cuda import SparseCUDABackend
 from sparseserve.policies import Dense, Moa, Policy, Retrieval, Streaming
-from sparseserve.step import StepMemory
 from sparseserve.testing import target
 from sparseserve.testing.bed import Bed
 from sparseserve.testing.target import Layout

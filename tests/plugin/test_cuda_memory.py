@@ -19,10 +19,10 @@ from vllm.v1.worker.workspace import (
     reset_workspace_manager,
 )
 
+from sparseserve.decode.step import StepMemory
 from sparseserve.errors import UnsupportedError
 from sparseserve.plugin.backend_cuda import SparseCUDABuilder
 from sparseserve.policies import Dense, Policy, Tidal
-from sparseserve.step import StepMemory
 from sparseserve.types import CPU
 
 pytestmark = pytest.mark.vllm

@@ -48,8 +48,8 @@ def main(asked: dict[str, Any]) -> Any:
     llm = one_process.start(asked)
     from vllm import SamplingParams
 
-    from sparseserve import decode
     from sparseserve.config import from_dict
+    from sparseserve.decode import layer as decode
     from sparseserve.plugin.stats import snapshot
     from sparseserve.testing.engine import rebind
 

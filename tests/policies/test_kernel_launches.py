@@ -10,7 +10,7 @@ import torch
 from test_contract import CASES, MODEL
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparseserve.decode import decode_layer
+from sparseserve.decode.layer import decode_layer
 from sparseserve.policies import Policy, Quest
 from sparseserve.testing import target
 from sparseserve.testing.bed import Bed

@@ -12,10 +12,10 @@ import torch
 from artifact_files import head_map
 from torch import Tensor
 
+from sparseserve.decode.step import StepBuffers
 from sparseserve.errors import ArtifactError
 from sparseserve.model import ModelShape
 from sparseserve.policies import S2
-from sparseserve.step import StepBuffers
 from sparseserve.testing.bed import token_mask
 from sparseserve.types import HeadShape, PageTable, Role
 
