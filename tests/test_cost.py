@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparseserve.cost import RoleCost, StepCost, step_cost
+from sparseserve.footprint.reads import RoleCost, StepCost, step_cost
 from sparseserve.model import ModelShape
 from sparseserve.policies import Dense, Hip, Policy, Quest, Streaming, Tidal
 from sparseserve.types import HeadShape, Role, Scope

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparseserve.memory import HeadGroup, Memory, StepMemory, needed_bytes, predict_memory
+from sparseserve.footprint.groups import Span
+from sparseserve.footprint.stores import HeadGroup, Memory, StepMemory, needed_bytes, predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.policies import Dense, Moa, Policy, Quest, Retrieval, Streaming
-from sparseserve.storage import Span
 from sparseserve.testing.plans import write_head_map, write_moa_plan
 from sparseserve.types import HeadShape
 

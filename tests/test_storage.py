@@ -14,9 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparseserve.footprint.groups import MAX_CLASSES, MAX_GROUPS, Span, Storage, store_heads
 from sparseserve.model import ModelShape
 from sparseserve.policies import Dense, Moa, Policy, Retrieval, Streaming
-from sparseserve.storage import MAX_CLASSES, MAX_GROUPS, Span, Storage, store_heads
 from sparseserve.types import HeadShape, LayerPlan
 
 PAGE = 8

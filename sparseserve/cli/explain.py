@@ -14,7 +14,7 @@ from sparseserve.cli.extras import VLLM, need
 from sparseserve.cli.numbers import whole_numbers
 
 if TYPE_CHECKING:
-    from sparseserve.memory import Memory
+    from sparseserve.footprint.stores import Memory
     from sparseserve.server.explain import Explanation, RowMemory
 
 

@@ -20,7 +20,8 @@ from sparseserve import ops
 from sparseserve.decode.layer import SparseLayer, decode_layer
 from sparseserve.decode.views import summaries
 from sparseserve.errors import UnsupportedError
-from sparseserve.memory import Memory, memory_of
+from sparseserve.footprint.groups import store_heads
+from sparseserve.footprint.stores import Memory, memory_of
 from sparseserve.model import ModelShape
 from sparseserve.plugin.cache import with_summaries
 from sparseserve.plugin.grouped import GroupedHeads, GroupedStep
@@ -28,7 +29,6 @@ from sparseserve.plugin.heads import HeadGroups
 from sparseserve.plugin.settings import check_attention, group_problems, head_shape, model_shape, policy_of
 from sparseserve.plugin.stats import Meter
 from sparseserve.policies import Policy
-from sparseserve.storage import store_heads
 from sparseserve.types import LayerPlan, PagedKV
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what its own loggers say

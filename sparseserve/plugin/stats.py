@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseserve import ops
-from sparseserve.memory import Memory, StepMemory
+from sparseserve.footprint.stores import Memory, StepMemory
 from sparseserve.plugin import metrics
 from sparseserve.plugin.metadata import RowSplit
 from sparseserve.plugin.recall import Recall

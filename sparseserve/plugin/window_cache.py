@@ -15,8 +15,8 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from sparseserve.footprint.groups import Span
 from sparseserve.plugin import poison
-from sparseserve.storage import Span
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparseserve.config import PolicySource
-from sparseserve.cost import StepCost, step_cost, token_bytes
 from sparseserve.errors import ConfigError
-from sparseserve.memory import Memory, Stored, emptiest_rank, needed_bytes, predict_memory
+from sparseserve.footprint.reads import StepCost, step_cost, token_bytes
+from sparseserve.footprint.stores import Memory, Stored, emptiest_rank, needed_bytes, predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.server.checks import check_supported, model_shape, plan_layers

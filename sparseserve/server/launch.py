@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sparseserve import environment, ops
 from sparseserve.config import ADDITIONAL_CONFIG, WORKERS, PolicySource, find_policy, to_dict
 from sparseserve.errors import ConfigError, Problem, SparseServeError, UnsupportedError
-from sparseserve.memory import emptiest_rank, needed_bytes, predict_memory
+from sparseserve.footprint.stores import emptiest_rank, needed_bytes, predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.request_options import aliases, own_names

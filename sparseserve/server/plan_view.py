@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from sparseserve.cost import step_cost
-from sparseserve.memory import predict_memory
+from sparseserve.footprint.reads import step_cost
+from sparseserve.footprint.stores import predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.server.checks import model_shape, plan_layers

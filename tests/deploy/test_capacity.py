@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from observability import DEPLOY
 
-from sparseserve.memory import predict_memory
+from sparseserve.footprint.stores import predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.policies import S2, Dense, Hip, Moa, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.types import HeadShape

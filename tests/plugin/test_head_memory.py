@@ -17,9 +17,9 @@ from torch import Tensor
 from sparseserve.calibration.attention import Attention
 from sparseserve.calibration.samples import document
 from sparseserve.calibration.subject import Subject, decode, load
+from sparseserve.footprint.groups import store_heads
 from sparseserve.model import ModelShape
 from sparseserve.policies import Moa, Policy, Retrieval, Streaming
-from sparseserve.storage import store_heads
 from sparseserve.types import HeadShape
 
 pytestmark = pytest.mark.e2e

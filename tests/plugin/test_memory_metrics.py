@@ -13,14 +13,14 @@ import torch
 
 from sparseserve.demo import circuits
 from sparseserve.demo.questions import ask
-from sparseserve.memory import Memory, predict_memory
+from sparseserve.footprint.groups import Span
+from sparseserve.footprint.stores import Memory, predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.plugin.metadata import RowSplit
 from sparseserve.plugin.metrics import KV_KINDS, WORKER
 from sparseserve.plugin.stats import Meter, snapshot
 from sparseserve.policies import Policy, Quest, Retrieval, Streaming
 from sparseserve.server.metrics import WorkerMetrics
-from sparseserve.storage import Span
 from sparseserve.testing.plans import write_head_map
 from sparseserve.types import HeadShape
 

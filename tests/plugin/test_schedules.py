@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scheduling import MAX_LEN, PAGE, ROWS, Server, blocks_of, held, known, needed, request
 from vllm.v1.request import Request, RequestStatus
 
-from sparseserve.storage import Span
+from sparseserve.footprint.groups import Span
 
 pytestmark = pytest.mark.vllm
 

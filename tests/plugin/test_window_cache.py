@@ -21,10 +21,10 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheSpec, UniformTypeKVCacheSpecs
 from vllm.v1.request import Request
 
+from sparseserve.footprint.groups import Span, Storage
 from sparseserve.model import ModelShape
 from sparseserve.plugin.heads import HeadGroups
 from sparseserve.plugin.window_cache import SinkWindowSpec
-from sparseserve.storage import Span, Storage
 from sparseserve.types import HeadShape
 
 pytestmark = pytest.mark.vllm

@@ -9,10 +9,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sparseserve.cost import token_bytes
+from sparseserve.footprint.groups import EPSILON, Span, Storage, head_spans, store_heads
+from sparseserve.footprint.reads import token_bytes
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
-from sparseserve.storage import EPSILON, Span, Storage, head_spans, store_heads
 from sparseserve.types import LayerPlan
 
 
