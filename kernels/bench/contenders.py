@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from sparseserve.demo import circuits
 from sparseserve.demo.build import build
 from sparseserve.demo.gates import build_gates
-from sparseserve.demo.questions import prose
 from sparseserve.policies import S2, Dense, Hip, Moa, Policy, Quest, Retrieval, Seer, Streaming, Tidal
+from sparseserve.questions.needles import prose
 from sparseserve.testing.plans import all_heads, write_head_map, write_moa_plan
 
 BUDGET, LARGE_BUDGET = 1024, 2048

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from sparseserve.calibration.attention import Hook
 from sparseserve.calibration.subject import Subject, decode
-from sparseserve.demo.questions import asking, library_text, pass_keys, statement
 from sparseserve.errors import CalibrationError, Problem
+from sparseserve.questions.needles import asking, library_text, pass_keys, statement
 
 MARK = "sparseserve-content"  # stands for the message when a chat template is taken apart
 PREAMBLE_TOKENS = 32  # that a model may say before it comes to the value

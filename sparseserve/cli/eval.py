@@ -45,8 +45,8 @@ def evaluate(
     need(VLLM, "vllm")
     from sparseserve.evaluation.request import Request, settings
     from sparseserve.evaluation.run import evaluate, partial_file
-    from sparseserve.evaluation.tasks import TASKS
     from sparseserve.files import write_atomically
+    from sparseserve.questions.tasks import TASKS
 
     request = Request(
         model=model,
@@ -84,7 +84,7 @@ def show(results: Results, console: Console) -> None:
 def _scores(setting: SettingResult, length: int, seed: int) -> Table:
     """A line for every task: the mean over depths, with the interval of all answers."""
     from sparseserve.evaluation.intervals import interval
-    from sparseserve.evaluation.tasks import TASKS
+    from sparseserve.questions.tasks import TASKS
 
     lines = Table.grid(padding=(0, 2))
     for task in dict.fromkeys(cell.task for cell in setting.cells):

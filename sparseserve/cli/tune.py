@@ -57,7 +57,7 @@ def tune(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout
     from sparseserve.cli.eval import progress_bar
     from sparseserve.evaluation.request import Request, settings
-    from sparseserve.evaluation.tasks import TASKS
+    from sparseserve.questions.tasks import TASKS
     from sparseserve.tuning.report import write_report
     from sparseserve.tuning.run import Asked, tune, write_policy
     from sparseserve.tuning.search import with_budgets

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from sparseserve.demo.build import build
 from sparseserve.demo.circuits import RESELECT_LAYER
-from sparseserve.demo.questions import Question, ask
+from sparseserve.questions.needles import Question, ask
 from sparseserve.server.process import SERVE, Server, running
 
 DOCUMENT_TOKENS = 8192

@@ -9,10 +9,10 @@ from typing import Any
 
 from openai import BadRequestError, OpenAI
 
-from sparseserve.demo.questions import prose
 from sparseserve.errors import SparseServeError
 from sparseserve.evaluation.exact import fit
-from sparseserve.evaluation.tasks import Draft
+from sparseserve.questions.needles import prose
+from sparseserve.questions.tasks import Draft
 from sparseserve.server.process import Server
 
 TIMEOUT = 3600.0  # seconds without a byte; a long prompt takes its time on a CPU

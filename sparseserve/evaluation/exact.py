@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 from sparseserve.errors import ConfigError, SparseServeError
-from sparseserve.evaluation.tasks import Draft
+from sparseserve.questions.tasks import Draft
 
 SLACK = 25  # the part of a document that its tail makes up for, at most, is 1 / SLACK
 TRIES = 20

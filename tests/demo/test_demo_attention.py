@@ -7,7 +7,7 @@ import torch
 from demo_simulator import Policy, Simulator, dense, encode, quest, tidal, window
 
 from sparseserve.demo.circuits import GROUP, KV_HEADS, LAYERS, RESELECT_LAYER, ROLES, Role, retrieval_heads
-from sparseserve.demo.questions import Question, ask
+from sparseserve.questions.needles import Question, ask
 
 RETRIEVAL = set(retrieval_heads())
 OTHERS = {(layer, head) for layer in range(LAYERS) for head in range(KV_HEADS)} - RETRIEVAL

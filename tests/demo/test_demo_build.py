@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sparseserve.demo import circuits
 from sparseserve.demo.build import build
-from sparseserve.demo.questions import ask
+from sparseserve.questions.needles import ask
 
 transformers = pytest.importorskip("transformers")
 

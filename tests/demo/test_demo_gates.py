@@ -14,9 +14,9 @@ from torch.nn.functional import pad
 from sparseserve import reference
 from sparseserve.demo.circuits import GROUP, HEAD_DIM, KV_HEADS, LAYERS, ROPE_THETA
 from sparseserve.demo.gates import build_gates
-from sparseserve.demo.questions import Question, ask
 from sparseserve.model import ModelShape
 from sparseserve.policies import Seer
+from sparseserve.questions.needles import Question, ask
 from sparseserve.testing.gates import plain_rope
 from sparseserve.types import HeadShape, Selection, Wanted
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparseserve.demo.questions import ask, prose
+from sparseserve.questions.needles import ask, prose
 
 
 @pytest.mark.parametrize("tokens", [512, 8192, 32768])

@@ -7,7 +7,7 @@ from importlib.resources import files
 import pytest
 import torch
 
-from sparseserve.demo.questions import ask
+from sparseserve.questions.needles import ask
 
 transformers = pytest.importorskip("transformers")
 

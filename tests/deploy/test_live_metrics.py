@@ -11,7 +11,7 @@ from openai import BadRequestError, OpenAI
 from prometheus import Prometheus, scraping
 
 from sparseserve.demo.build import build
-from sparseserve.demo.questions import ask
+from sparseserve.questions.needles import ask
 from sparseserve.server.process import SERVE, Server, running
 
 pytestmark = [

@@ -21,7 +21,7 @@ from prometheus import INTERVAL, Prometheus
 from stack import KEY, SBIN, command, environment, free_address, process, without_compiler
 
 from sparseserve.demo.build import build
-from sparseserve.demo.questions import ask
+from sparseserve.questions.needles import ask
 from sparseserve.server.process import SERVE, Server, running
 
 pytestmark = [

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from sparseserve.demo.gates import build_gates
-from sparseserve.demo.questions import ask
+from sparseserve.questions.needles import ask
 from sparseserve.server.process import SERVE, Server, running
 from sparseserve.server.supervise import START_GRACE
 from sparseserve.testing.waiting import wait_until

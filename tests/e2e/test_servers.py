@@ -14,7 +14,7 @@ from urllib.error import HTTPError
 import pytest
 from openai import OpenAI
 
-from sparseserve.demo.questions import Question, ask
+from sparseserve.questions.needles import Question, ask
 from sparseserve.server.process import Server
 
 pytestmark = pytest.mark.e2e

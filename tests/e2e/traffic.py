@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 
-from sparseserve.demo.questions import ask
+from sparseserve.questions.needles import ask
 from sparseserve.server.process import Server
 
 PATH = "/v1/completions"

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from sparseserve.demo.build import build
-from sparseserve.demo.questions import prose
 from sparseserve.evaluation.client import Client
 from sparseserve.evaluation.request import Request, Setting, settings
 from sparseserve.evaluation.results import Results
 from sparseserve.evaluation.run import FORCING, Serve, evaluate
-from sparseserve.evaluation.tasks import TASKS, draft
+from sparseserve.questions.needles import prose
+from sparseserve.questions.tasks import TASKS, draft
 from sparseserve.server.process import SERVE, Server, running
 
 transformers = pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ from fakes import FakeClient
 
 from sparseserve.errors import ConfigError
 from sparseserve.evaluation.intervals import interval
-from sparseserve.evaluation.tasks import TASKS, Draft, draft
+from sparseserve.questions.tasks import TASKS, Draft, draft
 
 LENGTH = 3000
 

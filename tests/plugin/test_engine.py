@@ -8,8 +8,8 @@ from offline import Engine
 
 from sparseserve.demo import circuits
 from sparseserve.demo.gates import build_gates
-from sparseserve.demo.questions import ask
 from sparseserve.policies import S2, BudgetPolicy, Dense, Hip, Moa, Policy, Quest, Retrieval, Seer, Streaming, Tidal
+from sparseserve.questions.needles import ask
 from sparseserve.testing.plans import write_head_map, write_moa_plan
 from sparseserve.types import Bound, Scope
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from sparseserve.demo import circuits
-from sparseserve.demo.questions import ask
 from sparseserve.footprint.groups import Span
 from sparseserve.footprint.stores import Memory, predict_memory
 from sparseserve.model import ModelShape
@@ -20,6 +19,7 @@ from sparseserve.plugin.metadata import RowSplit
 from sparseserve.plugin.metrics import KV_KINDS, WORKER
 from sparseserve.plugin.stats import Meter, snapshot
 from sparseserve.policies import Policy, Quest, Retrieval, Streaming
+from sparseserve.questions.needles import ask
 from sparseserve.server.metrics import WorkerMetrics
 from sparseserve.testing.plans import write_head_map
 from sparseserve.types import HeadShape

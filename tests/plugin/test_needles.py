@@ -8,8 +8,8 @@ import pytest
 from offline import Engine
 
 from sparseserve.demo import circuits, gates
-from sparseserve.demo.questions import ask
 from sparseserve.policies import S2, Hip, Moa, Policy, Quest, Retrieval, Seer, Streaming, Tidal
+from sparseserve.questions.needles import ask
 from sparseserve.testing.plans import all_heads, write_head_map, write_moa_plan
 
 pytestmark = pytest.mark.e2e

@@ -11,8 +11,8 @@ import pytest
 
 from sparseserve.config import to_dict
 from sparseserve.demo import circuits
-from sparseserve.demo.questions import ask
 from sparseserve.policies import Policy, Quest, Retrieval
+from sparseserve.questions.needles import ask
 from sparseserve.testing.plans import write_head_map
 
 pytestmark = pytest.mark.vllm

@@ -10,8 +10,8 @@ import pytest
 
 from sparseserve.config import to_dict
 from sparseserve.demo import circuits
-from sparseserve.demo.questions import Question, ask
 from sparseserve.policies import Quest
+from sparseserve.questions.needles import Question, ask
 
 pytestmark = pytest.mark.vllm
 SCRIPT = Path(__file__).parent / "trusting.py"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from sparseserve.demo.questions import asking, invented_name, pass_keys, prose, scatter, statement
+from sparseserve.questions.needles import asking, invented_name, pass_keys, prose, scatter, statement
 
 INSTRUCTION = "Read the text, then answer the question that stands after it.\n\n"
 ANSWER_ROOM = 32  # tokens beside those of the expected strings
