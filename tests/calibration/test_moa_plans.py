@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from sparseserve import cli
 from sparseserve.artifacts import load as load_artifact
-from sparseserve.calibration import moa_profile
-from sparseserve.calibration.moa import Goal, Plan, calibrate
-from sparseserve.calibration.moa_answers import Draw, answered
-from sparseserve.calibration.moa_windows import MINIMUM, candidates, density, window
+from sparseserve.calibration.moa import profile as moa_profile
+from sparseserve.calibration.moa.answers import Draw, answered
+from sparseserve.calibration.moa.calibrate import Goal, Plan, calibrate
+from sparseserve.calibration.moa.windows import MINIMUM, candidates, density, window
 from sparseserve.calibration.subject import Subject, load
 from sparseserve.cli.calibrate.moa import moa
 from sparseserve.errors import ArtifactError, CalibrationError, ConfigError

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from sparseserve.calibration.attention import Attention
-from sparseserve.calibration.moa_answers import Answered, answered, is_right, logits, loss
-from sparseserve.calibration.moa_answers import Draw as Prompts
-from sparseserve.calibration.moa_profile import gradients, influence, masked_influence
-from sparseserve.calibration.moa_validation import served
-from sparseserve.calibration.moa_windows import candidates, keep, window
+from sparseserve.calibration.moa.answers import Answered, answered, is_right, logits, loss
+from sparseserve.calibration.moa.answers import Draw as Prompts
+from sparseserve.calibration.moa.profile import gradients, influence, masked_influence
+from sparseserve.calibration.moa.validation import served
+from sparseserve.calibration.moa.windows import candidates, keep, window
 from sparseserve.calibration.subject import Subject, decode, load, prefill
 
 RandomModel = Callable[..., Path]

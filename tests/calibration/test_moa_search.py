@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparseserve.calibration import moa_search
-from sparseserve.calibration.moa_search import CONFIGURATIONS, GAP, Search
+from sparseserve.calibration.moa import search as moa_search
+from sparseserve.calibration.moa.search import CONFIGURATIONS, GAP, Search
 from sparseserve.errors import CalibrationError
 
 

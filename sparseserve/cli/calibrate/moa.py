@@ -37,8 +37,8 @@ def moa(
     """
     need("calibrate", "transformers", "scipy")
     goal_lengths, densities = whole_numbers("--lengths", lengths), shares("--density", density)
-    from sparseserve.calibration.moa import Goal, calibrate  # imports torch and transformers
-    from sparseserve.calibration.moa_answers import Draw
+    from sparseserve.calibration.moa.answers import Draw
+    from sparseserve.calibration.moa.calibrate import Goal, calibrate  # imports torch and transformers
     from sparseserve.calibration.report import write_report
     from sparseserve.calibration.subject import load
 

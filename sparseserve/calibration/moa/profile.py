@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sparseserve.calibration.attention import ROWS, Attention
 from sparseserve.calibration.chunks import Chunks
-from sparseserve.calibration.moa_answers import Answered, Draw, answered, logits, loss
-from sparseserve.calibration.moa_windows import PAGE
+from sparseserve.calibration.moa.answers import Answered, Draw, answered, logits, loss
+from sparseserve.calibration.moa.windows import PAGE
 from sparseserve.calibration.subject import Subject
 from sparseserve.types import Window
 

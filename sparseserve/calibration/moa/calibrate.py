@@ -14,11 +14,11 @@ from torch import Tensor
 from sparseserve.artifacts import Artifact, save
 from sparseserve.artifacts.moa import RUNTIME
 from sparseserve.calibration.chunks import Chunks
-from sparseserve.calibration.moa_answers import TEXT_TOKENS, Draw
-from sparseserve.calibration.moa_profile import profile
-from sparseserve.calibration.moa_search import Search, check_density
-from sparseserve.calibration.moa_validation import Windows, validate
-from sparseserve.calibration.moa_windows import MINIMUM, candidates, density, window
+from sparseserve.calibration.moa.answers import TEXT_TOKENS, Draw
+from sparseserve.calibration.moa.profile import profile
+from sparseserve.calibration.moa.search import Search, check_density
+from sparseserve.calibration.moa.validation import Windows, validate
+from sparseserve.calibration.moa.windows import MINIMUM, candidates, density, window
 from sparseserve.calibration.samples import text_sha256
 from sparseserve.calibration.subject import Subject
 from sparseserve.errors import CalibrationError, Problem

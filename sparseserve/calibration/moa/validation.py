@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sparseserve.calibration.attention import Attention, Hook
 from sparseserve.calibration.chunks import Chunks
-from sparseserve.calibration.moa_answers import Draw, answered, is_right, logits, loss
-from sparseserve.calibration.moa_windows import keep
+from sparseserve.calibration.moa.answers import Draw, answered, is_right, logits, loss
+from sparseserve.calibration.moa.windows import keep
 from sparseserve.calibration.subject import Subject
 from sparseserve.types import Window
 
