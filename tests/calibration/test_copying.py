@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparseserve.calibration.copying import MAJORITY, Trace, copied
+from sparseserve.calibration.retrieval.copying import MAJORITY, Trace, copied
 from sparseserve.calibration.samples import Needle
 
 NEEDLE = Needle([*range(10, 20), 13], range(3, 6), "value")  # the value's tokens are 13, 14, 15

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparseserve.calibration.induction import REPEATS, earlier, mass_on
+from sparseserve.calibration.retrieval.induction import REPEATS, earlier, mass_on
 
 BEGIN, SIZE = 1, 5
 END = BEGIN + REPEATS * SIZE

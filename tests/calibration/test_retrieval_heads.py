@@ -19,7 +19,7 @@ from sparseserve.artifacts import load as load_artifact
 from sparseserve.artifacts import save
 from sparseserve.calibration.attention import Attention
 from sparseserve.calibration.chunks import Chunks
-from sparseserve.calibration.retrieval import HeadScores, Method, artifact, measure, retrieval_heads
+from sparseserve.calibration.retrieval.calibrate import HeadScores, Method, artifact, measure, retrieval_heads
 from sparseserve.calibration.samples import answer, needle
 from sparseserve.calibration.subject import Subject
 from sparseserve.cli.calibrate import app

@@ -13,7 +13,7 @@ from sparseserve.cli.extras import need
 from sparseserve.cli.numbers import shares, whole_numbers
 
 if TYPE_CHECKING:
-    from sparseserve.calibration.retrieval import HeadScores
+    from sparseserve.calibration.retrieval.calibrate import HeadScores
 
 OTHERS = 6  # heads that are printed beside the retrieval heads
 
@@ -43,7 +43,7 @@ def retrieval_heads(
     from sparseserve.artifacts import save
     from sparseserve.calibration.chunks import Chunks
     from sparseserve.calibration.report import write_report
-    from sparseserve.calibration.retrieval import artifact, measure, results
+    from sparseserve.calibration.retrieval.calibrate import artifact, measure, results
     from sparseserve.calibration.samples import text_sha256
     from sparseserve.calibration.subject import load
 
@@ -67,7 +67,7 @@ def _table(scores: HeadScores, found: dict[str, Any], kv_heads: int) -> Table:
     """The retrieval heads of both methods, and the `OTHERS` that come closest."""
     import torch
 
-    from sparseserve.calibration.retrieval import columns
+    from sparseserve.calibration.retrieval.calibrate import columns
 
     methods: dict[tuple[int, int], list[str]] = {}
     for method, heads in found["retrieval_heads"].items():

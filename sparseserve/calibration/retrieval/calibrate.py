@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sparseserve.artifacts import Artifact
 from sparseserve.calibration.chunks import Chunks, Tensors
-from sparseserve.calibration.copying import MAJORITY, copied, trace
-from sparseserve.calibration.induction import REPEATS, induction
+from sparseserve.calibration.retrieval.copying import MAJORITY, copied, trace
+from sparseserve.calibration.retrieval.induction import REPEATS, induction
 from sparseserve.calibration.samples import needle, repeats
 from sparseserve.calibration.subject import Subject
 from sparseserve.errors import CalibrationError, Problem

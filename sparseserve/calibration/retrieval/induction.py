@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.calibration.attention import ROWS, Attention, hooked
-from sparseserve.calibration.copying import MAJORITY
+from sparseserve.calibration.retrieval.copying import MAJORITY
 from sparseserve.calibration.subject import Subject
 
 REPEATS = 4  # of the same random tokens, as in Huawei's implementations

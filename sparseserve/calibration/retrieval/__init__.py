@@ -1,0 +1,1 @@
+"""Which heads retrieve: by copying needles, or by induction."""
