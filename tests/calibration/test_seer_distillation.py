@@ -18,10 +18,10 @@ from sparseserve.artifacts import load
 from sparseserve.calibration.attention import Attention, hooked
 from sparseserve.calibration.chunks import Chunks
 from sparseserve.calibration.samples import document, stretch, text_of
-from sparseserve.calibration.seer_data import PARTS, Documents
-from sparseserve.calibration.seer_distil import Distilled, Recipe, distil
-from sparseserve.calibration.seer_recall import BLOCKS_PER_CHOSEN, best_blocks
-from sparseserve.calibration.seer_training import Training
+from sparseserve.calibration.seer.data import PARTS, Documents
+from sparseserve.calibration.seer.distil import Distilled, Recipe, distil
+from sparseserve.calibration.seer.recall import BLOCKS_PER_CHOSEN, best_blocks
+from sparseserve.calibration.seer.training import Training
 from sparseserve.calibration.subject import Subject
 from sparseserve.cli.calibrate import app
 from sparseserve.errors import CalibrationError
@@ -110,9 +110,9 @@ def test_the_policy_chooses_the_blocks_that_the_trained_gate_chooses(run: Run, t
 
 def trained_shares(run: Run, subject: Subject, layers: list[Attention], rows: Tensor) -> Tensor:
     """The log-softmax [L, R, H, N] of the gates in the file, by the form that trains."""
-    from sparseserve.calibration.seer_features import layer_features
-    from sparseserve.calibration.seer_gate import Gates
-    from sparseserve.calibration.seer_rope import rotations
+    from sparseserve.calibration.seer.features import layer_features
+    from sparseserve.calibration.seer.gate import Gates
+    from sparseserve.calibration.seer.rope import rotations
 
     artifact = load(run.file)
     unrope, rope = rotations(subject, TOKENS, artifact.arguments["gate_dim"])

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sparseserve import reference
-from sparseserve.calibration.seer_features import draw_rows, features
-from sparseserve.calibration.seer_gate import Gates
-from sparseserve.calibration.seer_recall import best_blocks, held
-from sparseserve.calibration.seer_rope import rotations
+from sparseserve.calibration.seer.features import draw_rows, features
+from sparseserve.calibration.seer.gate import Gates
+from sparseserve.calibration.seer.recall import best_blocks, held
+from sparseserve.calibration.seer.rope import rotations
 from sparseserve.calibration.subject import load
 from sparseserve.errors import UnsupportedError
 from sparseserve.reference.gate import pool, rotate

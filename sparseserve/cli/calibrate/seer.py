@@ -42,9 +42,9 @@ def seer(
     from sparseserve.artifacts import save
     from sparseserve.calibration.chunks import Chunks
     from sparseserve.calibration.report import write_report
-    from sparseserve.calibration.seer_data import Documents
-    from sparseserve.calibration.seer_distil import Recipe, distil, results
-    from sparseserve.calibration.seer_files import artifact, publish
+    from sparseserve.calibration.seer.data import Documents
+    from sparseserve.calibration.seer.distil import Recipe, distil, results
+    from sparseserve.calibration.seer.files import artifact, publish
     from sparseserve.calibration.subject import load
 
     documents = Documents(whole_numbers("--lengths", lengths), samples, held_out, rows, block_size, seed, text)

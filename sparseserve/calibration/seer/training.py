@@ -18,8 +18,8 @@ from torch.optim import AdamW
 from torch.special import xlogy
 
 from sparseserve.calibration.chunks import Chunks, Tensors
-from sparseserve.calibration.seer_data import Documents
-from sparseserve.calibration.seer_gate import Gates
+from sparseserve.calibration.seer.data import Documents
+from sparseserve.calibration.seer.gate import Gates
 from sparseserve.errors import CalibrationError, Problem
 
 DOCUMENTS = 2  # of a step, so that the loss falls smoothly

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sparseserve.calibration.chunks import Chunks, Tensors
-from sparseserve.calibration.seer_data import Documents
-from sparseserve.calibration.seer_gate import Gates
-from sparseserve.calibration.seer_recall import held
-from sparseserve.calibration.seer_rope import rotations
-from sparseserve.calibration.seer_training import Losses, Training
+from sparseserve.calibration.seer.data import Documents
+from sparseserve.calibration.seer.gate import Gates
+from sparseserve.calibration.seer.recall import held
+from sparseserve.calibration.seer.rope import rotations
+from sparseserve.calibration.seer.training import Losses, Training
 from sparseserve.calibration.subject import Subject
 from sparseserve.errors import CalibrationError, Problem
 

@@ -11,7 +11,7 @@ import torch
 
 from sparseserve.artifacts import Artifact
 from sparseserve.artifacts.seer import NAMES, WEIGHTS
-from sparseserve.calibration.seer_gate import Gates
+from sparseserve.calibration.seer.gate import Gates
 from sparseserve.calibration.subject import Subject
 from sparseserve.files import write_atomically
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparseserve.calibration.chunks import Chunks, Tensors
 from sparseserve.calibration.samples import document, text_sha256
-from sparseserve.calibration.seer_features import draw_rows, features
+from sparseserve.calibration.seer.features import draw_rows, features
 from sparseserve.calibration.subject import Subject
 from sparseserve.errors import CalibrationError, Problem
 
