@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.calibration.attention import Attention
-from sparseserve.calibration.selection import Curves, Watch, best_layers, choose
+from sparseserve.calibration.tidal.selection import Curves, Watch, best_layers, choose
 from sparseserve.reference import select_units
 from sparseserve.types import Selection, Wanted
 

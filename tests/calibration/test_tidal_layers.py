@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from sparseserve.calibration.tidal import policy_file
+from sparseserve.calibration.tidal.calibrate import policy_file
 from sparseserve.cli.calibrate import app
 from sparseserve.config import load_policy, read_policy_file
 from sparseserve.demo.circuits import RESELECT_LAYER

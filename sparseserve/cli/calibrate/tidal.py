@@ -35,12 +35,12 @@ def tidal(
     text and of what answers put on a needle. The layers that keep most in all are written.
     """
     need("calibrate", "transformers")
-    from sparseserve.calibration import tidal as calibration
     from sparseserve.calibration.chunks import Chunks
     from sparseserve.calibration.report import write_report
     from sparseserve.calibration.samples import text_sha256
-    from sparseserve.calibration.selection import best_layers
     from sparseserve.calibration.subject import load
+    from sparseserve.calibration.tidal import calibrate as calibration
+    from sparseserve.calibration.tidal.selection import best_layers
     from sparseserve.files import write_atomically
     from sparseserve.policies import Tidal
 

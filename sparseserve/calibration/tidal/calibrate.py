@@ -14,8 +14,8 @@ from torch import Tensor
 from sparseserve.calibration.attention import hooked
 from sparseserve.calibration.chunks import Chunks, Tensors
 from sparseserve.calibration.samples import Needle, answer, document, needle
-from sparseserve.calibration.selection import Curves, Watch
 from sparseserve.calibration.subject import Subject
+from sparseserve.calibration.tidal.selection import Curves, Watch
 from sparseserve.errors import CalibrationError, Problem
 from sparseserve.policies import Tidal
 
