@@ -15,8 +15,8 @@ def register() -> None:
 
     from sparseserve.plugin import window_cache
 
-    register_backend(AttentionBackendEnum.CPU_ATTN, "sparseserve.plugin.backend_cpu.SparseCPUBackend")
-    register_backend(AttentionBackendEnum.CUSTOM, "sparseserve.plugin.backend_cuda.SparseCUDABackend")
+    register_backend(AttentionBackendEnum.CPU_ATTN, "sparseserve.plugin.backends.cpu.SparseCPUBackend")
+    register_backend(AttentionBackendEnum.CUSTOM, "sparseserve.plugin.backends.cuda.SparseCUDABackend")
     window_cache.register()
     # Python's last collection takes 2 s in each of a server's processes, which end one after the other.
     atexit.register(gc.freeze)

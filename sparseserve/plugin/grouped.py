@@ -17,8 +17,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from sparseserve import ops
 from sparseserve.decode.layer import SparseLayer
 from sparseserve.decode.step import PROMPT_PIECE, StepBuffers
+from sparseserve.plugin.backends.rows import decode_rows, rows_from
 from sparseserve.plugin.heads import HeadGroups
-from sparseserve.plugin.metadata import decode_rows, rows_from
 from sparseserve.policies import Policy
 from sparseserve.types import PagedKV, PageTable, Selection, Step
 

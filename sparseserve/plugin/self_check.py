@@ -19,9 +19,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from sparseserve import reference
 from sparseserve.errors import SelfCheckError
-from sparseserve.plugin.builder import SparseBuilder
+from sparseserve.plugin.backends.builder import SparseBuilder
+from sparseserve.plugin.backends.layers import SparseImpl
 from sparseserve.plugin.grouped import GroupedStep
-from sparseserve.plugin.layers import SparseImpl
 from sparseserve.plugin.metrics import SELF_CHECK
 from sparseserve.plugin.settings import head_shape, policy_of
 from sparseserve.policies import Policy

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from sparseserve.plugin.layers import SparseImpl
+from sparseserve.plugin.backends.layers import SparseImpl
 from sparseserve.plugin.requests import Requests
 from sparseserve.plugin.self_check import check_worker_attention
 from sparseserve.plugin.settings import policy_of

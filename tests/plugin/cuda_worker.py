@@ -31,8 +31,9 @@ from vllm.v1.worker.gpu.attn_utils import (
 
 from sparseserve.config import WORKERS, to_dict
 from sparseserve.model import ModelShape
-from sparseserve.plugin import backend_cuda, layers
-from sparseserve.plugin.backend_cuda import SparseCUDABackend, SparseCUDABuilder
+from sparseserve.plugin.backends import cuda as backend_cuda
+from sparseserve.plugin.backends import layers
+from sparseserve.plugin.backends.cuda import SparseCUDABackend, SparseCUDABuilder
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape
 

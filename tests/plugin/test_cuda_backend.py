@@ -31,7 +31,7 @@ from sparseserve.decode.step import StepBuffers, StepMemory
 from sparseserve.errors import UnsupportedError
 from sparseserve.ops import step_scratch
 from sparseserve.plugin import metrics, settings, stats
-from sparseserve.plugin.backend_cuda import SparseCUDABackend
+from sparseserve.plugin.backends.cuda import SparseCUDABackend
 from sparseserve.plugin.requests import Request
 from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.request_options import RequestOptions

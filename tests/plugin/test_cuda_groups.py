@@ -23,7 +23,7 @@ from sparseserve import ops
 from sparseserve.decode.step import StepMemory
 from sparseserve.errors import UnsupportedError
 from sparseserve.plugin import metrics, stats, window_cache
-from sparseserve.plugin.backend_cuda import SparseCUDABackend
+from sparseserve.plugin.backends.cuda import SparseCUDABackend
 from sparseserve.policies import Dense, Moa, Policy, Retrieval, Streaming
 from sparseserve.testing import target
 from sparseserve.testing.bed import Bed

@@ -21,7 +21,7 @@ from vllm.v1.worker.workspace import (
 
 from sparseserve.decode.step import StepMemory
 from sparseserve.errors import UnsupportedError
-from sparseserve.plugin.backend_cuda import SparseCUDABuilder
+from sparseserve.plugin.backends.cuda import SparseCUDABuilder
 from sparseserve.policies import Dense, Policy, Tidal
 from sparseserve.types import CPU
 

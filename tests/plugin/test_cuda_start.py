@@ -108,7 +108,7 @@ def test_units_that_cuda_cannot_halve_are_refused(tmp_path: Path, monkeypatch: p
 def test_the_worker_leaves_torch_as_it_is() -> None:
     """vLLM's CPU worker replaces torch.cuda's streams and events for the whole process when it is imported."""
     program = (
-        "import sys, sparseserve.plugin as plugin, sparseserve.plugin.worker_cuda, sparseserve.plugin.backend_cuda\n"
+        "import sys, sparseserve.plugin as plugin, sparseserve.plugin.worker_cuda, sparseserve.plugin.backends.cuda\n"
         "plugin.register()\n"
         "assert not [name for name in sys.modules if name.startswith('vllm.v1.worker.cpu')]"
     )

@@ -15,7 +15,7 @@ from sparseserve.demo import circuits
 from sparseserve.footprint.groups import Span
 from sparseserve.footprint.stores import Memory, predict_memory
 from sparseserve.model import ModelShape
-from sparseserve.plugin.metadata import RowSplit
+from sparseserve.plugin.backends.rows import RowSplit
 from sparseserve.plugin.metrics import KV_KINDS, WORKER
 from sparseserve.plugin.stats import Meter, snapshot
 from sparseserve.policies import Policy, Quest, Retrieval, Streaming

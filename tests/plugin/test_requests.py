@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparseserve.plugin import metrics
-from sparseserve.plugin.metadata import split_rows
+from sparseserve.plugin.backends.rows import split_rows
 from sparseserve.plugin.requests import REMEMBERED, Requests, apart
 from sparseserve.policies import Policy, Quest, Streaming
 

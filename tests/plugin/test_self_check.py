@@ -10,7 +10,7 @@ import one_process
 import pytest
 
 from sparseserve.errors import SelfCheckError, UnsupportedError
-from sparseserve.plugin.builder import check_worker
+from sparseserve.plugin.backends.builder import check_worker
 from sparseserve.policies import Policy, Quest, Streaming
 from sparseserve.server.metrics import check_active
 

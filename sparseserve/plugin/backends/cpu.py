@@ -23,10 +23,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from sparseserve.decode.layer import decode_layer
 from sparseserve.decode.step import StepBuffers
 from sparseserve.decode.views import cpu_views
-from sparseserve.plugin.builder import Batch, SparseBuilder, check_worker
+from sparseserve.plugin.backends.builder import Batch, SparseBuilder, check_worker
+from sparseserve.plugin.backends.layers import SparseBackend, SparseImpl, bind_layers, extended
+from sparseserve.plugin.backends.rows import take_rows, token_rows
 from sparseserve.plugin.grouped import GroupedStep, GroupedSteps
-from sparseserve.plugin.layers import SparseBackend, SparseImpl, bind_layers, extended
-from sparseserve.plugin.metadata import take_rows, token_rows
 from sparseserve.plugin.recall import Draw, Recall, rows_of
 from sparseserve.plugin.settings import head_shape, model_shape, policy_of
 from sparseserve.plugin.stats import Meter

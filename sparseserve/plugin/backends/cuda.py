@@ -29,10 +29,11 @@ from sparseserve.decode.layer import decode_layer
 from sparseserve.decode.step import StepBuffers
 from sparseserve.decode.views import cuda_views
 from sparseserve.errors import UnsupportedError
-from sparseserve.plugin.builder import Batch, SparseBuilder, check_worker
+from sparseserve.plugin.backends.builder import Batch, SparseBuilder, check_worker
+from sparseserve.plugin.backends.layers import SparseBackend, SparseImpl, bind_layers, extended
+from sparseserve.plugin.backends.rows import decode_rows, real_rows, rows_from
+from sparseserve.plugin.backends.workspace import step_memory
 from sparseserve.plugin.grouped import GroupedStep, GroupedSteps
-from sparseserve.plugin.layers import SparseBackend, SparseImpl, bind_layers, extended
-from sparseserve.plugin.metadata import decode_rows, real_rows, rows_from
 from sparseserve.plugin.recall import CudaRecall, Draw
 from sparseserve.plugin.requests import Rows
 from sparseserve.plugin.settings import (
@@ -43,7 +44,6 @@ from sparseserve.plugin.settings import (
     policy_of,
 )
 from sparseserve.plugin.stats import CudaMeter
-from sparseserve.plugin.workspace import step_memory
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape, NewTokens, PageTable, Step, on_device
 

@@ -23,7 +23,7 @@ from sparseserve.errors import UnsupportedError
 from sparseserve.footprint.groups import store_heads
 from sparseserve.footprint.stores import Memory, memory_of
 from sparseserve.model import ModelShape
-from sparseserve.plugin.cache import with_summaries
+from sparseserve.plugin.backends.spec import with_summaries
 from sparseserve.plugin.grouped import GroupedHeads, GroupedStep
 from sparseserve.plugin.heads import HeadGroups
 from sparseserve.plugin.settings import check_attention, group_problems, head_shape, model_shape, policy_of
