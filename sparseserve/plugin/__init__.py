@@ -13,7 +13,7 @@ def register() -> None:
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from sparseserve.plugin import window_cache
+    from sparseserve.plugin.head_memory import manager as window_cache
 
     register_backend(AttentionBackendEnum.CPU_ATTN, "sparseserve.plugin.backends.cpu.SparseCPUBackend")
     register_backend(AttentionBackendEnum.CUSTOM, "sparseserve.plugin.backends.cuda.SparseCUDABackend")

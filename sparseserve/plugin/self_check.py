@@ -21,7 +21,7 @@ from sparseserve import reference
 from sparseserve.errors import SelfCheckError
 from sparseserve.plugin.backends.builder import SparseBuilder
 from sparseserve.plugin.backends.layers import SparseImpl
-from sparseserve.plugin.grouped import GroupedStep
+from sparseserve.plugin.head_memory.attention import GroupedStep
 from sparseserve.plugin.metrics import SELF_CHECK
 from sparseserve.plugin.settings import head_shape, policy_of
 from sparseserve.policies import Policy

@@ -19,7 +19,7 @@ from sparseserve import environment
 from sparseserve.config import ADDITIONAL_CONFIG, from_dict
 from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.model import ModelShape
-from sparseserve.plugin import poison
+from sparseserve.plugin.head_memory import poison
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape
 

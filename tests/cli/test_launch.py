@@ -128,7 +128,7 @@ def test_prefixes_of_windows_are_not_thinned_out(models: dict[str, str]) -> None
 def test_poison_needs_scheduler_and_worker_in_one_process(
     models: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparseserve.plugin.poison.ENABLED", True)
+    monkeypatch.setattr("sparseserve.plugin.head_memory.poison.ENABLED", True)
     with pytest.raises(UnsupportedError, match="SPARSESERVE_POISON_FREED_PAGES.*VLLM_ENABLE_V1_MULTIPROCESSING=0"):
         start(models["llama"], policy="streaming")
 

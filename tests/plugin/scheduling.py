@@ -26,8 +26,8 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from sparseserve.footprint.groups import Span
-from sparseserve.plugin import window_cache
-from sparseserve.plugin.window_cache import SinkWindowSpec
+from sparseserve.plugin.head_memory import manager as window_cache
+from sparseserve.plugin.head_memory.manager import SinkWindowSpec
 
 PAGE, MAX_LEN, ROWS = 4, 96, 4
 Spans = Sequence[Span | None]

@@ -23,8 +23,8 @@ from vllm.v1.request import Request
 
 from sparseserve.footprint.groups import Span, Storage
 from sparseserve.model import ModelShape
-from sparseserve.plugin.heads import HeadGroups
-from sparseserve.plugin.window_cache import SinkWindowSpec
+from sparseserve.plugin.head_memory.manager import SinkWindowSpec
+from sparseserve.plugin.head_memory.pool import HeadGroups
 from sparseserve.types import HeadShape
 
 pytestmark = pytest.mark.vllm

@@ -26,7 +26,7 @@ from sparseserve.decode.views import cpu_views
 from sparseserve.plugin.backends.builder import Batch, SparseBuilder, check_worker
 from sparseserve.plugin.backends.layers import SparseBackend, SparseImpl, bind_layers, extended
 from sparseserve.plugin.backends.rows import take_rows, token_rows
-from sparseserve.plugin.grouped import GroupedStep, GroupedSteps
+from sparseserve.plugin.head_memory.attention import GroupedStep, GroupedSteps
 from sparseserve.plugin.recall import Draw, Recall, rows_of
 from sparseserve.plugin.settings import head_shape, model_shape, policy_of
 from sparseserve.plugin.stats import Meter

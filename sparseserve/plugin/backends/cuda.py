@@ -33,7 +33,7 @@ from sparseserve.plugin.backends.builder import Batch, SparseBuilder, check_work
 from sparseserve.plugin.backends.layers import SparseBackend, SparseImpl, bind_layers, extended
 from sparseserve.plugin.backends.rows import decode_rows, real_rows, rows_from
 from sparseserve.plugin.backends.workspace import step_memory
-from sparseserve.plugin.grouped import GroupedStep, GroupedSteps
+from sparseserve.plugin.head_memory.attention import GroupedStep, GroupedSteps
 from sparseserve.plugin.recall import CudaRecall, Draw
 from sparseserve.plugin.requests import Rows
 from sparseserve.plugin.settings import (

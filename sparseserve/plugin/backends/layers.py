@@ -24,8 +24,8 @@ from sparseserve.footprint.groups import store_heads
 from sparseserve.footprint.stores import Memory, memory_of
 from sparseserve.model import ModelShape
 from sparseserve.plugin.backends.spec import with_summaries
-from sparseserve.plugin.grouped import GroupedHeads, GroupedStep
-from sparseserve.plugin.heads import HeadGroups
+from sparseserve.plugin.head_memory.attention import GroupedHeads, GroupedStep
+from sparseserve.plugin.head_memory.pool import HeadGroups
 from sparseserve.plugin.settings import check_attention, group_problems, head_shape, model_shape, policy_of
 from sparseserve.plugin.stats import Meter
 from sparseserve.policies import Policy

@@ -18,7 +18,7 @@ from sparseserve import ops
 from sparseserve.decode.layer import SparseLayer
 from sparseserve.decode.step import PROMPT_PIECE, StepBuffers
 from sparseserve.plugin.backends.rows import decode_rows, rows_from
-from sparseserve.plugin.heads import HeadGroups
+from sparseserve.plugin.head_memory.pool import HeadGroups
 from sparseserve.policies import Policy
 from sparseserve.types import PagedKV, PageTable, Selection, Step
 

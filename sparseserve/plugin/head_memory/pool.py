@@ -27,8 +27,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec, replace_as
 from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.footprint.groups import Storage
 from sparseserve.model import ModelShape
-from sparseserve.plugin import poison
-from sparseserve.plugin.window_cache import SinkWindowSpec
+from sparseserve.plugin.head_memory import poison
+from sparseserve.plugin.head_memory.manager import SinkWindowSpec
 
 
 class HeadGroups:

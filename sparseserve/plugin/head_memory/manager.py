@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from sparseserve.footprint.groups import Span
-from sparseserve.plugin import poison
+from sparseserve.plugin.head_memory import poison
 
 
 @dataclass(frozen=True, kw_only=True)
