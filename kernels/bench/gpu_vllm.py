@@ -185,7 +185,7 @@ def steps(llm: Any, prompts: list[list[int]], tokens: int) -> Iterator[tuple[flo
 
 def counters() -> list[float]:
     """What the kernels of this process have counted, in the order of COUNTED."""
-    from sparseserve.plugin.stats import snapshot
+    from sparseserve.plugin.watch.meter import snapshot
 
     samples = [sample for *_, samples in snapshot() for sample in samples]
     return [sum(value for sample, _, value in samples if sample == f"sparseserve_{name}_total") for name in COUNTED]

@@ -22,8 +22,8 @@ from sparseserve.errors import SelfCheckError
 from sparseserve.plugin.backends.builder import SparseBuilder
 from sparseserve.plugin.backends.layers import SparseImpl
 from sparseserve.plugin.head_memory.attention import GroupedStep
-from sparseserve.plugin.metrics import SELF_CHECK
 from sparseserve.plugin.settings import head_shape, policy_of
+from sparseserve.plugin.watch.metrics import SELF_CHECK
 from sparseserve.policies import Policy
 from sparseserve.types import CPU, LayerPlan, PagedKV, Selection, Step
 

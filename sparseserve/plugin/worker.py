@@ -14,10 +14,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from sparseserve.plugin.backends.layers import SparseImpl
-from sparseserve.plugin.requests import Requests
 from sparseserve.plugin.self_check import check_worker_attention
 from sparseserve.plugin.settings import policy_of
-from sparseserve.plugin.stats import Snapshot, snapshot
+from sparseserve.plugin.watch.meter import Snapshot, snapshot
+from sparseserve.plugin.watch.requests import Requests
 
 
 class SparseWorker:

@@ -26,7 +26,7 @@ from sparseserve.server.asgi import path_of
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
-    from sparseserve.plugin.stats import Snapshot
+    from sparseserve.plugin.watch.meter import Snapshot
 
 ALIKE = {  # in all workers
     "sparseserve_info",

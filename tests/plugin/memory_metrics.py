@@ -15,7 +15,7 @@ def main(asked: dict[str, Any]) -> list[list[dict[str, float]]]:
     engine = start(asked).llm_engine
     from vllm import SamplingParams
 
-    from sparseserve.plugin.metrics import KV_KINDS, WORKER
+    from sparseserve.plugin.watch.metrics import KV_KINDS, WORKER
 
     pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
 

@@ -24,7 +24,7 @@ def main(asked: dict[str, Any]) -> dict[str, str]:
     from sparseserve.decode import layer as decode
     from sparseserve.errors import SelfCheckError
     from sparseserve.plugin.self_check import check_worker_attention
-    from sparseserve.plugin.stats import snapshot
+    from sparseserve.plugin.watch.meter import snapshot
     from sparseserve.types import Selection
 
     layers = worker.model_runner.compilation_config.static_forward_context

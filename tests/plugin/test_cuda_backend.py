@@ -30,9 +30,11 @@ from sparseserve.config import find_policy
 from sparseserve.decode.step import StepBuffers, StepMemory
 from sparseserve.errors import UnsupportedError
 from sparseserve.ops import step_scratch
-from sparseserve.plugin import metrics, settings, stats
+from sparseserve.plugin import settings
 from sparseserve.plugin.backends.cuda import SparseCUDABackend
-from sparseserve.plugin.requests import Request
+from sparseserve.plugin.watch import meter as stats
+from sparseserve.plugin.watch import metrics
+from sparseserve.plugin.watch.requests import Request
 from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.request_options import RequestOptions
 from sparseserve.server.launch import cuda_flags, parse

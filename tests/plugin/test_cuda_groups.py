@@ -22,9 +22,10 @@ from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_m
 from sparseserve import ops
 from sparseserve.decode.step import StepMemory
 from sparseserve.errors import UnsupportedError
-from sparseserve.plugin import metrics, stats
 from sparseserve.plugin.backends.cuda import SparseCUDABackend
 from sparseserve.plugin.head_memory import manager as window_cache
+from sparseserve.plugin.watch import meter as stats
+from sparseserve.plugin.watch import metrics
 from sparseserve.policies import Dense, Moa, Policy, Retrieval, Streaming
 from sparseserve.testing import target
 from sparseserve.testing.bed import Bed

@@ -26,9 +26,10 @@ from cuda_worker import (
     vllm_config,
 )
 
-from sparseserve.plugin import metrics, settings
-from sparseserve.plugin.requests import Requests
+from sparseserve.plugin import settings
 from sparseserve.plugin.self_check import check_worker_attention
+from sparseserve.plugin.watch import metrics
+from sparseserve.plugin.watch.requests import Requests
 from sparseserve.policies import Policy, Quest, Streaming, Tidal
 from sparseserve.testing import target
 from sparseserve.testing.target import Layout

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from sparseserve.model import ModelShape
-from sparseserve.plugin import metrics
-from sparseserve.plugin.recall import EVERY, GROUPS, CudaRecall, Recall
-from sparseserve.plugin.requests import Request
+from sparseserve.plugin.watch import metrics
+from sparseserve.plugin.watch.recall import EVERY, GROUPS, CudaRecall, Recall
+from sparseserve.plugin.watch.requests import Request
 from sparseserve.policies import Dense, Policy, Quest, Tidal
 from sparseserve.request_options import RequestOptions
 from sparseserve.types import HeadShape, Measurement

@@ -16,8 +16,8 @@ from sparseserve.footprint.groups import Span
 from sparseserve.footprint.stores import Memory, predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.plugin.backends.rows import RowSplit
-from sparseserve.plugin.metrics import KV_KINDS, WORKER
-from sparseserve.plugin.stats import Meter, snapshot
+from sparseserve.plugin.watch.meter import Meter, snapshot
+from sparseserve.plugin.watch.metrics import KV_KINDS, WORKER
 from sparseserve.policies import Policy, Quest, Retrieval, Streaming
 from sparseserve.questions.needles import ask
 from sparseserve.server.metrics import WorkerMetrics

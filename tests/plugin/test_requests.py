@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from sparseserve.plugin import metrics
 from sparseserve.plugin.backends.rows import split_rows
-from sparseserve.plugin.requests import REMEMBERED, Requests, apart
+from sparseserve.plugin.watch import metrics
+from sparseserve.plugin.watch.requests import REMEMBERED, Requests, apart
 from sparseserve.policies import Policy, Quest, Streaming
 
 pytestmark = pytest.mark.vllm

@@ -50,7 +50,7 @@ def main(asked: dict[str, Any]) -> Any:
 
     from sparseserve.config import from_dict
     from sparseserve.decode import layer as decode
-    from sparseserve.plugin.stats import snapshot
+    from sparseserve.plugin.watch.meter import snapshot
     from sparseserve.testing.engine import rebind
 
     def counts() -> dict[str, float]:

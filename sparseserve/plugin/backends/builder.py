@@ -12,9 +12,9 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from sparseserve.config import WORKERS
 from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.plugin.backends.rows import RowSplit, split_rows
-from sparseserve.plugin.requests import Request, Requests, Rows, apart
 from sparseserve.plugin.settings import WITHOUT_US
-from sparseserve.plugin.stats import Meter
+from sparseserve.plugin.watch.meter import Meter
+from sparseserve.plugin.watch.requests import Request, Requests, Rows, apart
 from sparseserve.policies import Policy
 
 

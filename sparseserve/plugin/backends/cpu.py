@@ -27,9 +27,9 @@ from sparseserve.plugin.backends.builder import Batch, SparseBuilder, check_work
 from sparseserve.plugin.backends.layers import SparseBackend, SparseImpl, bind_layers, extended
 from sparseserve.plugin.backends.rows import take_rows, token_rows
 from sparseserve.plugin.head_memory.attention import GroupedStep, GroupedSteps
-from sparseserve.plugin.recall import Draw, Recall, rows_of
 from sparseserve.plugin.settings import head_shape, model_shape, policy_of
-from sparseserve.plugin.stats import Meter
+from sparseserve.plugin.watch.meter import Meter
+from sparseserve.plugin.watch.recall import Draw, Recall, rows_of
 from sparseserve.policies import Policy
 from sparseserve.types import NewTokens, PageTable, Step
 

@@ -34,8 +34,6 @@ from sparseserve.plugin.backends.layers import SparseBackend, SparseImpl, bind_l
 from sparseserve.plugin.backends.rows import decode_rows, real_rows, rows_from
 from sparseserve.plugin.backends.workspace import step_memory
 from sparseserve.plugin.head_memory.attention import GroupedStep, GroupedSteps
-from sparseserve.plugin.recall import CudaRecall, Draw
-from sparseserve.plugin.requests import Rows
 from sparseserve.plugin.settings import (
     CUDA_HEAD_SIZES,
     cuda_problems,
@@ -43,7 +41,9 @@ from sparseserve.plugin.settings import (
     model_shape,
     policy_of,
 )
-from sparseserve.plugin.stats import CudaMeter
+from sparseserve.plugin.watch.meter import CudaMeter
+from sparseserve.plugin.watch.recall import CudaRecall, Draw
+from sparseserve.plugin.watch.requests import Rows
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape, NewTokens, PageTable, Step, on_device
 

@@ -27,7 +27,7 @@ from sparseserve.plugin.backends.spec import with_summaries
 from sparseserve.plugin.head_memory.attention import GroupedHeads, GroupedStep
 from sparseserve.plugin.head_memory.pool import HeadGroups
 from sparseserve.plugin.settings import check_attention, group_problems, head_shape, model_shape, policy_of
-from sparseserve.plugin.stats import Meter
+from sparseserve.plugin.watch.meter import Meter
 from sparseserve.policies import Policy
 from sparseserve.types import LayerPlan, PagedKV
 

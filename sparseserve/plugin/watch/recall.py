@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparseserve.plugin import metrics
-from sparseserve.plugin.requests import Request
+from sparseserve.plugin.watch import metrics
+from sparseserve.plugin.watch.requests import Request
 from sparseserve.policies import Policy
 from sparseserve.types import LayerPlan, Measurement
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sparseserve import ops
 from sparseserve.footprint.stores import Memory, StepMemory
-from sparseserve.plugin import metrics
 from sparseserve.plugin.backends.rows import RowSplit
-from sparseserve.plugin.recall import Recall
+from sparseserve.plugin.watch import metrics
+from sparseserve.plugin.watch.recall import Recall
 from sparseserve.policies import Policy
 from sparseserve.types import LayerPlan, Role, Step
 

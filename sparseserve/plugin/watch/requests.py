@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from sparseserve.errors import ConfigError
-from sparseserve.plugin.metrics import IGNORED_OPTIONS
+from sparseserve.plugin.watch.metrics import IGNORED_OPTIONS
 from sparseserve.policies import Policy
 from sparseserve.request_options import RequestOptions, read_options
 

@@ -1,0 +1,1 @@
+"""What the worker knows of its requests and counts of its steps."""
