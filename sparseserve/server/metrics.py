@@ -21,7 +21,7 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from sparseserve import environment
 from sparseserve.errors import SelfCheckError
 from sparseserve.plugin.settings import policy_of
-from sparseserve.server.asgi import path_of
+from sparseserve.server.front.asgi import path_of
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient

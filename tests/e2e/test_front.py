@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 from openai import APIStatusError, BadRequestError, OpenAI
 
-from sparseserve.server.limits import OPEN
+from sparseserve.server.front.limits import OPEN
 from sparseserve.server.process import SERVE, Server, running
 from sparseserve.testing.waiting import wait_until
 

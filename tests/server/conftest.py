@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from front_app import Front, make_front
 
-from sparseserve.server.counters import CONFIGURED, DRAINING, REQUESTS
+from sparseserve.server.front.counters import CONFIGURED, DRAINING, REQUESTS
 
 
 @pytest.fixture

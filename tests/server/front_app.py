@@ -15,9 +15,9 @@ from starlette.datastructures import State
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.testclient import TestClient
 
-from sparseserve.server.asgi import INFERENCE
-from sparseserve.server.front import FrontEndpoint
-from sparseserve.server.request_options import PLACES
+from sparseserve.server.front.asgi import INFERENCE
+from sparseserve.server.front.endpoint import FrontEndpoint
+from sparseserve.server.front.options import PLACES
 
 Outcome = dict[str, Any]
 PATHS = sorted({*INFERENCE, *PLACES, "/tokenize", "/v1/messages/count_tokens"})

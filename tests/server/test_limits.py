@@ -9,7 +9,7 @@ import pytest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from sparseserve.errors import ConfigError
-from sparseserve.server.limits import OPEN
+from sparseserve.server.front.limits import OPEN
 
 pytestmark = pytest.mark.vllm
 KEY = {"Authorization": "Bearer sk-right"}

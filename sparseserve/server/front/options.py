@@ -19,10 +19,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from sparseserve.errors import ConfigError
 from sparseserve.policies import Policy
 from sparseserve.request_options import BUDGET, POLICY, RequestOptions, own_names, read_alias, read_options
-from sparseserve.server.asgi import INFERENCE, error, is_post, path_of, set_header
-from sparseserve.server.counters import choose
-from sparseserve.server.limits import replay
-from sparseserve.server.outcome import NAMED
+from sparseserve.server.front.asgi import INFERENCE, error, is_post, path_of, set_header
+from sparseserve.server.front.counters import choose
+from sparseserve.server.front.limits import replay
+from sparseserve.server.front.outcome import NAMED
 
 OURS = (POLICY, BUDGET)
 VLLMS = {"session_id", "kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode"}  # keys that vLLM reads

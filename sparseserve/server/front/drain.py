@@ -12,8 +12,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sparseserve.server.asgi import RETRY_AFTER, error, is_post
-from sparseserve.server.counters import DRAINING
+from sparseserve.server.front.asgi import RETRY_AFTER, error, is_post
+from sparseserve.server.front.counters import DRAINING
 from sparseserve.server.supervise import announce_serving
 
 if TYPE_CHECKING:

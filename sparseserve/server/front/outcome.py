@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.logger import init_logger
 
-from sparseserve.server.asgi import is_inference, path_of, set_header
+from sparseserve.server.front.asgi import is_inference, path_of, set_header
 
 TIMEOUT = 10.0  # seconds; the workers answer between two steps
 OTHER_NAMES = {"/v1/responses", "/v1/chat/completions/batch"}  # vLLM does not name these by X-Request-Id

@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sparseserve.server.asgi import is_inference
+from sparseserve.server.front.asgi import is_inference
 
 DATA = b'data: {"error"'
 STREAMED_ERRORS = (DATA, b"event: error", b"event: response.failed")  # how vLLM's routes tell of an error in a stream

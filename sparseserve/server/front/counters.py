@@ -9,8 +9,8 @@ from typing import Any
 from prometheus_client import Counter, Gauge
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sparseserve.server.asgi import is_inference
-from sparseserve.server.refusals import STREAMED_ERRORS
+from sparseserve.server.front.asgi import is_inference
+from sparseserve.server.front.refusals import STREAMED_ERRORS
 
 CHOICE = "sparseserve_choice"  # key of the scope
 CHOICES, OUTCOMES = ("default", "dense", "budget"), ("ok", "rejected", "aborted", "failed")

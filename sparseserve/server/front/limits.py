@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
 
-from sparseserve.server.asgi import error, path_of
+from sparseserve.server.front.asgi import error, path_of
 
 OPEN = {"/health", "/ready", "/ping", "/metrics", "/version", "/sparsity"}  # GET, without a key
 BODILESS = {"GET", "HEAD", "OPTIONS"}

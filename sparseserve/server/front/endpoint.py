@@ -14,12 +14,12 @@ from starlette.responses import Response
 from sparseserve.environment import max_request_bytes
 from sparseserve.plugin.settings import policy_of
 from sparseserve.policies import Policy
-from sparseserve.server.counters import CountMiddleware, announce
-from sparseserve.server.drain import Drain, DrainMiddleware, readiness
-from sparseserve.server.limits import BodyMiddleware, KeyMiddleware, api_keys
-from sparseserve.server.outcome import OutcomeMiddleware
-from sparseserve.server.refusals import RefusalMiddleware
-from sparseserve.server.request_options import OptionReader, OptionsMiddleware
+from sparseserve.server.front.counters import CountMiddleware, announce
+from sparseserve.server.front.drain import Drain, DrainMiddleware, readiness
+from sparseserve.server.front.limits import BodyMiddleware, KeyMiddleware, api_keys
+from sparseserve.server.front.options import OptionReader, OptionsMiddleware
+from sparseserve.server.front.outcome import OutcomeMiddleware
+from sparseserve.server.front.refusals import RefusalMiddleware
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient

@@ -1,0 +1,1 @@
+"""What stands before vLLM's routes: keys, limits, options of requests, draining, counters."""

@@ -1,0 +1,1 @@
+"""What the server shows of itself: /v1/sparsity, its page, and the metrics."""
