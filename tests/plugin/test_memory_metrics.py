@@ -20,7 +20,7 @@ from sparseserve.plugin.watch.meter import Meter, snapshot
 from sparseserve.plugin.watch.metrics import KV_KINDS, WORKER
 from sparseserve.policies import Policy, Quest, Retrieval, Streaming
 from sparseserve.questions.needles import ask
-from sparseserve.server.metrics import WorkerMetrics
+from sparseserve.server.views.metrics import WorkerMetrics
 from sparseserve.testing.plans import write_head_map
 from sparseserve.types import HeadShape
 

@@ -12,7 +12,7 @@ import pytest
 from sparseserve.errors import SelfCheckError, UnsupportedError
 from sparseserve.plugin.backends.builder import check_worker
 from sparseserve.policies import Policy, Quest, Streaming
-from sparseserve.server.metrics import check_active
+from sparseserve.server.views.metrics import check_active
 
 pytestmark = pytest.mark.vllm
 SCRIPT = Path(__file__).parent / "self_checking.py"

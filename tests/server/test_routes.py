@@ -17,9 +17,9 @@ from starlette.testclient import TestClient
 
 from sparseserve.config import find_policy, to_dict
 from sparseserve.policies import Quest
-from sparseserve.server.live_view import live
-from sparseserve.server.metrics import WorkerMetrics
-from sparseserve.server.policy_view import active_policy
+from sparseserve.server.views.live import live
+from sparseserve.server.views.metrics import WorkerMetrics
+from sparseserve.server.views.policy import active_policy
 from sparseserve.testing.plans import write_head_map
 
 pytestmark = pytest.mark.vllm
@@ -160,7 +160,7 @@ def test_with_several_api_servers_the_files_of_all_processes_are_read(
 
 
 def test_an_engine_too_busy_to_answer_leaves_the_latest_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparseserve.server.metrics.SCRAPE_TIMEOUT", 0.05)
+    monkeypatch.setattr("sparseserve.server.views.metrics.SCRAPE_TIMEOUT", 0.05)
     registry, metrics = CollectorRegistry(), WorkerMetrics()
     registry.register(metrics)
     assert live(registry).decode_rows is None

@@ -7,7 +7,7 @@ from time import time
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel, Field
 
-from sparseserve.server.samples import Samples
+from sparseserve.server.views.samples import Samples
 
 
 class RoleTokens(BaseModel):

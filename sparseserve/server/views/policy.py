@@ -12,7 +12,7 @@ from sparseserve.config import to_dict
 from sparseserve.errors import ConfigError
 from sparseserve.policies import Policy
 from sparseserve.request_options import BUDGET, POLICY, aliases, read_options
-from sparseserve.server.samples import Samples
+from sparseserve.server.views.samples import Samples
 
 
 class Choice(BaseModel):

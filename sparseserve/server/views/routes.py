@@ -16,11 +16,11 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from sparseserve import environment
 from sparseserve.plugin.settings import policy_of
 from sparseserve.policies import Policy
-from sparseserve.server.live_view import Live, live
-from sparseserve.server.metrics import current_metrics
-from sparseserve.server.page import page
-from sparseserve.server.plan_view import Plan, Planner
-from sparseserve.server.policy_view import ActivePolicy, active_policy
+from sparseserve.server.views.live import Live, live
+from sparseserve.server.views.metrics import current_metrics
+from sparseserve.server.views.page import page
+from sparseserve.server.views.plan import Plan, Planner
+from sparseserve.server.views.policy import ActivePolicy, active_policy
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
