@@ -15,7 +15,7 @@ from sparseserve.cli.numbers import whole_numbers
 
 if TYPE_CHECKING:
     from sparseserve.footprint.stores import Memory
-    from sparseserve.server.explain import Explanation, RowMemory
+    from sparseserve.server.launch.explain import Explanation, RowMemory
 
 
 def explain(
@@ -34,7 +34,7 @@ def explain(
     need(VLLM, "vllm")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout
     from sparseserve.config import find_policy
-    from sparseserve.server.explain import explain  # imports vllm
+    from sparseserve.server.launch.explain import explain  # imports vllm
 
     tokens = whole_numbers("--lengths", lengths) if lengths else []
     explained = describe(explain(find_policy(policy, pairs or [], os.environ), ctx.args, tokens))

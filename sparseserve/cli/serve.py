@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparseserve.cli.extras import VLLM, need
-from sparseserve.server.supervise import supervise
+from sparseserve.server.launch.supervise import supervise
 
 
 def serve(

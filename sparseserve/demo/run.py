@@ -17,7 +17,7 @@ from rich.table import Table
 from sparseserve.demo.build import build
 from sparseserve.demo.circuits import RESELECT_LAYER
 from sparseserve.questions.needles import Question, ask
-from sparseserve.server.process import SERVE, Server, running
+from sparseserve.server.launch.process import SERVE, Server, running
 
 DOCUMENT_TOKENS = 8192
 DEPTHS = (0.1, 0.5, 0.9)

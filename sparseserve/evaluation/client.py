@@ -13,7 +13,7 @@ from sparseserve.errors import SparseServeError
 from sparseserve.evaluation.exact import fit
 from sparseserve.questions.needles import prose
 from sparseserve.questions.tasks import Draft
-from sparseserve.server.process import Server
+from sparseserve.server.launch.process import Server
 
 TIMEOUT = 3600.0  # seconds without a byte; a long prompt takes its time on a CPU
 SOME_TEXT = 4096  # characters

@@ -13,7 +13,7 @@ from sparseserve.evaluation.perplexity import FORCED_CHARACTERS, bits
 from sparseserve.evaluation.pieces import Piece, cells
 from sparseserve.evaluation.request import Request
 from sparseserve.questions.tasks import Draft, draft
-from sparseserve.server.process import Server
+from sparseserve.server.launch.process import Server
 
 ATTENDED, RESIDENT = (f"sparseserve_kv_tokens_{kind}_total" for kind in ("attended", "resident"))
 RECALL = re.compile(r'sparseserve_layer_recall_(sum|count)\{.*layer="(\d+)"')

@@ -21,7 +21,7 @@ from sparseserve.evaluation.pieces import pieces
 from sparseserve.evaluation.report import assemble, versions
 from sparseserve.evaluation.request import Request, Setting
 from sparseserve.evaluation.results import Results
-from sparseserve.server.process import SERVE, Server, running
+from sparseserve.server.launch.process import SERVE, Server, running
 
 V1_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 FORCING = ["--logits-processors", "sparseserve.plugin.forcing:ForcedTokens"]

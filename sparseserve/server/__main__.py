@@ -2,8 +2,8 @@
 
 import sys
 
-from sparseserve.server.launch import main
-from sparseserve.server.supervise import stop_with_parent
+from sparseserve.server.launch.serve import main
+from sparseserve.server.launch.supervise import stop_with_parent
 
 if __name__ == "__main__":
     stop_with_parent()

@@ -11,7 +11,7 @@ from sparseserve.config import find_policy, to_dict
 from sparseserve.errors import ConfigError, SparseServeError
 from sparseserve.evaluation.request import Setting
 from sparseserve.evaluation.results import SettingResult
-from sparseserve.server.explain import explain
+from sparseserve.server.launch.explain import explain
 from sparseserve.tuning.judge import Judged, Loss, longest, loss
 
 Measure = Callable[[Setting], SettingResult]

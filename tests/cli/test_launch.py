@@ -14,8 +14,8 @@ from sparseserve.config import find_policy, from_dict
 from sparseserve.errors import ConfigError, SparseServeError, UnsupportedError
 from sparseserve.ops.library import kernels
 from sparseserve.policies import Quest
-from sparseserve.server import launch
-from sparseserve.server.launch import Launch, allowed_plugins, main, prepare, ranges
+from sparseserve.server.launch import serve as launch
+from sparseserve.server.launch.serve import Launch, allowed_plugins, main, prepare, ranges
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_models", "environment")]
 

@@ -12,8 +12,8 @@ from sparseserve import ops
 from sparseserve.cli import app, serve
 from sparseserve.config import find_policy
 from sparseserve.errors import ConfigError, UnsupportedError
-from sparseserve.server import launch
-from sparseserve.server.launch import Launch, prepare
+from sparseserve.server.launch import serve as launch
+from sparseserve.server.launch.serve import Launch, prepare
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_models", "environment")]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from sparseserve.server.supervise import SERVER_ENDED, START_GRACE
+from sparseserve.server.launch.supervise import SERVER_ENDED, START_GRACE
 from sparseserve.testing.waiting import PATIENCE, wait_until
 
 PRELUDE = (
     "import os, pathlib, signal, subprocess, sys, time\n"
-    "from sparseserve.server.supervise import announce_serving, stop_with_parent\n"
+    "from sparseserve.server.launch.supervise import announce_serving, stop_with_parent\n"
 )
 READY = "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
 SUPERVISE = (
@@ -133,7 +133,7 @@ def test_the_server_stops_when_its_supervisor_is_killed(start: Start) -> None:
 
 def test_a_server_ends_with_the_process_that_started_it() -> None:
     """A killed evaluation leaves no server behind."""
-    program = "import pathlib, sys, time; from sparseserve.server.process import running\n"
+    program = "import pathlib, sys, time; from sparseserve.server.launch.process import running\n"
     program += "with running([sys.executable, '-c', sys.argv[1]], pathlib.Path('/dev/null')) as server:\n"
     program += "    print(server.process.pid, flush=True); time.sleep(600)"
     parent = subprocess.Popen([sys.executable, "-c", program, HEALTHY], stdout=subprocess.PIPE)

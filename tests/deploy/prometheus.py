@@ -17,7 +17,7 @@ from urllib.parse import urlencode
 import yaml
 from observability import FOLDER
 
-from sparseserve.server.process import free_port
+from sparseserve.server.launch.process import free_port
 
 INTERVAL = "3s"  # longer than a busy server waits for its workers
 PATIENCE = 240.0  # seconds; other tests may leave little of the machine

@@ -29,7 +29,7 @@ from observability import DASHBOARDS, DEPLOY, FOLDER, RULES, names
 
 from sparseserve.cli import app
 from sparseserve.config import PolicySource, _Loader, read_policy_file
-from sparseserve.server.launch import parse
+from sparseserve.server.launch.serve import parse
 
 pytestmark = pytest.mark.skipif(not CHECKS.exists(), reason="no .venv-checks: make .venv-checks/.installed")
 

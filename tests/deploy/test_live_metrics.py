@@ -12,7 +12,7 @@ from prometheus import Prometheus, scraping
 
 from sparseserve.demo.build import build
 from sparseserve.questions.needles import ask
-from sparseserve.server.process import SERVE, Server, running
+from sparseserve.server.launch.process import SERVE, Server, running
 
 pytestmark = [
     pytest.mark.e2e,

@@ -22,7 +22,7 @@ from stack import KEY, SBIN, command, environment, free_address, process, withou
 
 from sparseserve.demo.build import build
 from sparseserve.questions.needles import ask
-from sparseserve.server.process import SERVE, Server, running
+from sparseserve.server.launch.process import SERVE, Server, running
 
 pytestmark = [
     pytest.mark.e2e,

@@ -8,7 +8,7 @@ import pytest
 
 from sparseserve.demo.build import build
 from sparseserve.demo.circuits import RESELECT_LAYER
-from sparseserve.server.process import SERVE, Server, running
+from sparseserve.server.launch.process import SERVE, Server, running
 
 FLAGS = ["--served-model-name", "demo", "--max-model-len", "9216", "--max-num-seqs", "16", "--enforce-eager"]
 ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}

@@ -17,8 +17,8 @@ import pytest
 
 from sparseserve.demo.gates import build_gates
 from sparseserve.questions.needles import ask
-from sparseserve.server.process import SERVE, Server, running
-from sparseserve.server.supervise import START_GRACE
+from sparseserve.server.launch.process import SERVE, Server, running
+from sparseserve.server.launch.supervise import START_GRACE
 from sparseserve.testing.waiting import wait_until
 
 pytestmark = pytest.mark.e2e

@@ -15,7 +15,7 @@ import pytest
 from openai import APIStatusError, BadRequestError, OpenAI
 
 from sparseserve.server.front.limits import OPEN
-from sparseserve.server.process import SERVE, Server, running
+from sparseserve.server.launch.process import SERVE, Server, running
 from sparseserve.testing.waiting import wait_until
 
 pytestmark = pytest.mark.e2e

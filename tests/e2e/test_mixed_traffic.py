@@ -12,7 +12,7 @@ import psutil
 import pytest
 from traffic import MAX_MODEL_LEN, QUESTIONS, WAYS, Run, alone, send, traffic
 
-from sparseserve.server.process import SERVE, Server, running
+from sparseserve.server.launch.process import SERVE, Server, running
 
 pytestmark = pytest.mark.e2e
 COUNT, SEED = 1000, 0

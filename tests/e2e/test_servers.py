@@ -15,7 +15,7 @@ import pytest
 from openai import OpenAI
 
 from sparseserve.questions.needles import Question, ask
-from sparseserve.server.process import Server
+from sparseserve.server.launch.process import Server
 
 pytestmark = pytest.mark.e2e
 

@@ -17,7 +17,7 @@ import httpx
 import psutil
 
 from sparseserve.questions.needles import ask
-from sparseserve.server.process import Server
+from sparseserve.server.launch.process import Server
 
 PATH = "/v1/completions"
 JSON = {"Content-Type": "application/json"}

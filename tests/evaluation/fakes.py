@@ -14,7 +14,7 @@ from typing import Any
 
 from sparseserve.evaluation.client import Client
 from sparseserve.evaluation.request import Request, Setting
-from sparseserve.server.process import Server
+from sparseserve.server.launch.process import Server
 
 ASKED = re.compile(r"The pass key of (\w+) is ?$")
 

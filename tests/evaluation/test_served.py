@@ -21,7 +21,7 @@ from sparseserve.evaluation.results import Results
 from sparseserve.evaluation.run import FORCING, Serve, evaluate
 from sparseserve.questions.needles import prose
 from sparseserve.questions.tasks import TASKS, draft
-from sparseserve.server.process import SERVE, Server, running
+from sparseserve.server.launch.process import SERVE, Server, running
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.e2e

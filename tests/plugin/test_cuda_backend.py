@@ -37,7 +37,7 @@ from sparseserve.plugin.watch import metrics
 from sparseserve.plugin.watch.requests import Request
 from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.request_options import RequestOptions
-from sparseserve.server.launch import cuda_flags, parse
+from sparseserve.server.launch.serve import cuda_flags, parse
 from sparseserve.testing import target
 from sparseserve.testing.bed import Bed
 from sparseserve.testing.target import Layout

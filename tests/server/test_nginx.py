@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from sparseserve.server.process import free_port
+from sparseserve.server.launch.process import free_port
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "nginx.conf"
 PATIENCE, STREAM = 60, "/v1/completions"  # seconds

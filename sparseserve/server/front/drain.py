@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sparseserve.server.front.asgi import RETRY_AFTER, error, is_post
 from sparseserve.server.front.counters import DRAINING
-from sparseserve.server.supervise import announce_serving
+from sparseserve.server.launch.supervise import announce_serving
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient

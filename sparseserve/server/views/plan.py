@@ -12,7 +12,7 @@ from sparseserve.footprint.reads import step_cost
 from sparseserve.footprint.stores import predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
-from sparseserve.server.checks import model_shape, plan_layers
+from sparseserve.server.launch.checks import model_shape, plan_layers
 from sparseserve.types import LayerPlan
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparseserve.server.supervise import stop_with_parent
+from sparseserve.server.launch.supervise import stop_with_parent
 
 STARTUP_TIMEOUT = 240.0  # seconds, of a small model
 SERVE = [sys.executable, "-m", "sparseserve", "serve"]

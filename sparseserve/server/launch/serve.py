@@ -23,7 +23,7 @@ from sparseserve.footprint.stores import emptiest_rank, needed_bytes, predict_me
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.request_options import aliases, own_names
-from sparseserve.server.supervise import SERVER_ENDED
+from sparseserve.server.launch.supervise import SERVER_ENDED
 from sparseserve.types import LayerPlan, Role
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Launch:
 
 def prepare(source: PolicySource, argv: list[str]) -> Launch:
     """Everything that can be known before the engine starts."""
-    from sparseserve.server.checks import check_supported, model_shape, plan_layers
+    from sparseserve.server.launch.checks import check_supported, model_shape, plan_layers
 
     environment.max_request_bytes()  # raises ConfigError
     with vllm_errors():

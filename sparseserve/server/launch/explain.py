@@ -11,8 +11,8 @@ from sparseserve.footprint.reads import StepCost, step_cost, token_bytes
 from sparseserve.footprint.stores import Memory, Stored, emptiest_rank, needed_bytes, predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
-from sparseserve.server.checks import check_supported, model_shape, plan_layers
-from sparseserve.server.launch import engine_config, parse, platform_flags, vllm_errors
+from sparseserve.server.launch.checks import check_supported, model_shape, plan_layers
+from sparseserve.server.launch.serve import engine_config, parse, platform_flags, vllm_errors
 
 LENGTHS = (4096, 32768, 131072)  # tokens, as far as the model goes
 
