@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.helpers.paths import ROOT
+
 ALLOWED = {"vllm": {"plugin", "server"}, "transformers": {"calibration", "demo"}}
 SOURCES = [*(ROOT / "sparseserve").rglob("*.py")]
 

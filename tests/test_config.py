@@ -12,8 +12,9 @@ from sparseserve.config import find_policy, from_dict, load_policy, policy_file_
 from sparseserve.errors import ConfigError
 from sparseserve.policies import POLICIES, Quest, Streaming, Tidal
 from sparseserve.types import Scope
+from tests.helpers.paths import DEPLOY
 
-SCHEMA = Path(__file__).parents[1] / "deploy" / "policy.schema.json"
+SCHEMA = DEPLOY / "policy.schema.json"
 TIDAL = ["reselect_layer=13"]
 FILE = """
 models:

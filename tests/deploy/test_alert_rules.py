@@ -7,7 +7,8 @@ from collections import defaultdict
 
 import pytest
 import yaml
-from observability import ALERTS, DASHBOARDS, DEPLOY, FOLDER
+
+from tests.helpers.deploy.observability import ALERTS, DASHBOARDS, DEPLOY, FOLDER
 
 SECTIONS = re.split(r"^## ", (DEPLOY / "RUNBOOK.md").read_text(), flags=re.MULTILINE)[1:]
 

@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from chart_values import BAD, DEMO, GOOD, QUEST
-from manifests import (
+
+from sparseserve.cli import app
+from sparseserve.config import PolicySource, _Loader, read_policy_file
+from sparseserve.server.launch.serve import parse
+from tests.helpers.deploy.chart_values import BAD, DEMO, GOOD, QUEST
+from tests.helpers.deploy.manifests import (
     CHECKS,
     Manifest,
     as_pods,
@@ -25,11 +29,7 @@ from manifests import (
     refers,
     servers,
 )
-from observability import DASHBOARDS, DEPLOY, FOLDER, RULES, names
-
-from sparseserve.cli import app
-from sparseserve.config import PolicySource, _Loader, read_policy_file
-from sparseserve.server.launch.serve import parse
+from tests.helpers.deploy.observability import DASHBOARDS, DEPLOY, FOLDER, RULES, names
 
 pytestmark = pytest.mark.skipif(not CHECKS.exists(), reason="no .venv-checks: make .venv-checks/.installed")
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from chart_values import GOOD
-from manifests import CHECKS, as_pods, ask
-from observability import DEPLOY
+
+from tests.helpers.deploy.chart_values import GOOD
+from tests.helpers.deploy.manifests import CHECKS, as_pods, ask
+from tests.helpers.deploy.observability import DEPLOY
 
 pytestmark = pytest.mark.skipif(not CHECKS.exists(), reason="no .venv-checks: make .venv-checks/.installed")
 

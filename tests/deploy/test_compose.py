@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
-from compose import FILE, GPU_FILE, SERVICES, VARIABLE, mounts
 from jsonschema import Draft202012Validator
-from observability import DASHBOARDS, DEPLOY
+
+from tests.helpers.deploy.compose import FILE, GPU_FILE, SERVICES, VARIABLE, mounts
+from tests.helpers.deploy.observability import DASHBOARDS, DEPLOY
 
 CHECKS = DEPLOY.parent / ".venv-checks"
 UNIT = DEPLOY / "systemd" / "sparseserve.service"

@@ -4,7 +4,8 @@ import importlib.util
 from typing import Any
 
 import pytest
-from observability import DASHBOARDS, FOLDER, names, panels
+
+from tests.helpers.deploy.observability import DASHBOARDS, FOLDER, names, panels
 
 EACH = pytest.mark.parametrize("name", DASHBOARDS)
 

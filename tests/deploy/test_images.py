@@ -10,7 +10,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from observability import DEPLOY
+
+from tests.helpers.deploy.observability import DEPLOY
 
 ROOT = DEPLOY.parent
 PINNED = re.compile(r"\S+@sha256:[0-9a-f]{64}")

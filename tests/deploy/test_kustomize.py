@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from manifests import CHECKS, Manifest, ask, laws, of_kind, refers, servers
-from observability import DEPLOY
 
 from sparseserve.config import PolicySource, read_policy_file
+from tests.helpers.deploy.manifests import CHECKS, Manifest, ask, laws, of_kind, refers, servers
+from tests.helpers.deploy.observability import DEPLOY
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which has kustomize, is not installed"),

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from itertools import chain
 
 import pytest
-from observability import DASHBOARDS, RECORDED, RULES, expressions, names, selectors
 from openai import BadRequestError, OpenAI
-from prometheus import Prometheus, scraping
 
 from sparseserve.demo.build import build
 from sparseserve.questions.needles import ask
 from sparseserve.server.launch.process import SERVE, Server, running
+from tests.helpers.deploy.observability import DASHBOARDS, RECORDED, RULES, expressions, names, selectors
+from tests.helpers.deploy.prometheus import Prometheus, scraping
 
 pytestmark = [
     pytest.mark.e2e,

@@ -14,15 +14,15 @@ from itertools import chain, islice
 from pathlib import Path
 
 import pytest
-from compose import SERVICES
-from observability import ALERTS, DEPLOY
 from openai import AuthenticationError, OpenAI
-from prometheus import INTERVAL, Prometheus
-from stack import KEY, SBIN, command, environment, free_address, process, without_compiler
 
 from sparseserve.demo.build import build
 from sparseserve.questions.needles import ask
 from sparseserve.server.launch.process import SERVE, Server, running
+from tests.helpers.deploy.compose import SERVICES
+from tests.helpers.deploy.observability import ALERTS, DEPLOY
+from tests.helpers.deploy.prometheus import INTERVAL, Prometheus
+from tests.helpers.deploy.stack import KEY, SBIN, command, environment, free_address, process, without_compiler
 
 pytestmark = [
     pytest.mark.e2e,

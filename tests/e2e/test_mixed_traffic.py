@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from traffic import MAX_MODEL_LEN, QUESTIONS, WAYS, Run, alone, send, traffic
 
 from sparseserve.server.launch.process import SERVE, Server, running
+from tests.helpers.traffic import MAX_MODEL_LEN, QUESTIONS, WAYS, Run, alone, send, traffic
 
 pytestmark = pytest.mark.e2e
 COUNT, SEED = 1000, 0

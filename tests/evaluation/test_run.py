@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from fakes import FakeClient, Fakes, FakeServer
 from typer.testing import CliRunner
 
 from sparseserve.cli import app
@@ -19,6 +18,7 @@ from sparseserve.evaluation.perplexity import bits
 from sparseserve.evaluation.request import Request, Setting, settings
 from sparseserve.evaluation.results import Results
 from sparseserve.evaluation.run import evaluate, partial_file
+from tests.helpers.evaluation import FakeClient, Fakes, FakeServer
 
 BOTH = settings("dense,quest", [512])
 REQUEST = Request(model="model", settings=BOTH, lengths=(700, 900), tasks=("needle",), samples=3, recall=False)

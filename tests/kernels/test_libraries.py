@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = Path(__file__).parents[2] / "kernels"
+from tests.helpers.paths import KERNELS
+
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 # Its launch bounds leave it too few registers.
 SPILLS = """

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from offline import Engine
 
 from sparseserve.demo import circuits
 from sparseserve.demo.build import build
 from sparseserve.policies import Policy
 from sparseserve.testing.engine import roomiest
 from sparseserve.types import HeadShape
+from tests.helpers.plugin.offline import Engine
 
 HEADS = HeadShape(circuits.KV_HEADS, circuits.GROUP, circuits.HEAD_DIM)
 PAGE = 128  # tokens, vLLM's default on the CPU

@@ -14,7 +14,15 @@ import torch
 
 pytest.importorskip("vllm")
 
-from cuda_worker import (
+from sparseserve.plugin import settings
+from sparseserve.plugin.self_check import check_worker_attention
+from sparseserve.plugin.watch import metrics
+from sparseserve.plugin.watch.requests import Requests
+from sparseserve.policies import Policy, Quest, Streaming, Tidal
+from sparseserve.testing import target
+from sparseserve.testing.target import Layout
+from sparseserve.types import on_device
+from tests.helpers.plugin.cuda_worker import (
     MAX_LEN,
     PAGE,
     POOL,
@@ -25,15 +33,6 @@ from cuda_worker import (
     stand_in_for_flash_attention,
     vllm_config,
 )
-
-from sparseserve.plugin import settings
-from sparseserve.plugin.self_check import check_worker_attention
-from sparseserve.plugin.watch import metrics
-from sparseserve.plugin.watch.requests import Requests
-from sparseserve.policies import Policy, Quest, Streaming, Tidal
-from sparseserve.testing import target
-from sparseserve.testing.target import Layout
-from sparseserve.types import on_device
 
 pytestmark = pytest.mark.vllm
 WINDOW: dict[str, Any] = {"sink_tokens": 4, "recent_tokens": 60, "min_tokens": 64}

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from offline import Engine
 
 from sparseserve.demo import circuits
 from sparseserve.demo.gates import build_gates
@@ -12,6 +11,7 @@ from sparseserve.policies import S2, BudgetPolicy, Dense, Hip, Moa, Policy, Ques
 from sparseserve.questions.needles import ask
 from sparseserve.testing.plans import write_head_map, write_moa_plan
 from sparseserve.types import Bound, Scope
+from tests.helpers.plugin.offline import Engine
 
 pytestmark = pytest.mark.e2e
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from offline import Engine
 
 from sparseserve.demo import circuits, gates
 from sparseserve.policies import S2, Hip, Moa, Policy, Quest, Retrieval, Seer, Streaming, Tidal
 from sparseserve.questions.needles import ask
 from sparseserve.testing.plans import all_heads, write_head_map, write_moa_plan
+from tests.helpers.plugin.offline import Engine
 
 pytestmark = pytest.mark.e2e
 

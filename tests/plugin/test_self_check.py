@@ -6,16 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import one_process
 import pytest
 
 from sparseserve.errors import SelfCheckError, UnsupportedError
 from sparseserve.plugin.backends.builder import check_worker
 from sparseserve.policies import Policy, Quest, Streaming
 from sparseserve.server.views.metrics import check_active
+from tests.helpers.plugin import one_process
 
 pytestmark = pytest.mark.vllm
-SCRIPT = Path(__file__).parent / "self_checking.py"
+SCRIPT = "tests.helpers.plugin.self_checking"
 ENGINE: dict[str, Any] = {"max_model_len": 2048, "block_size": 128, "num_gpu_blocks_override": 60}
 SMALL: dict[str, Any] = {"budget_tokens": 256, "min_tokens": 256}
 POLICIES = {

@@ -6,7 +6,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import one_process
 import pytest
 
 from sparseserve.config import to_dict
@@ -14,9 +13,10 @@ from sparseserve.demo import circuits
 from sparseserve.policies import Policy, Quest, Retrieval
 from sparseserve.questions.needles import ask
 from sparseserve.testing.plans import write_head_map
+from tests.helpers.plugin import one_process
 
 pytestmark = pytest.mark.vllm
-SCRIPT = Path(__file__).parent / "ranks.py"
+SCRIPT = "tests.helpers.plugin.ranks"
 QUESTIONS = [ask(2048, depth, seed) for depth, seed in ((0.1, 1), (0.5, 2), (0.8, 3))]
 Answers = dict[str, dict[str, Any]]
 

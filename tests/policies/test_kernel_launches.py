@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_contract import CASES, MODEL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseserve.decode.layer import decode_layer
@@ -16,6 +15,7 @@ from sparseserve.testing import target
 from sparseserve.testing.bed import Bed
 from sparseserve.testing.target import Layout
 from sparseserve.types import LayerPlan, PageTable, Role
+from tests.helpers.contract import CASES, MODEL
 
 LENGTHS = [300, 448, 20]
 POLICIES = [name for name in CASES if name != "retrieval-compensate"]  # which waits for the host

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from artifact_files import head_map, moa_plan
 from torch import Tensor
 
 from sparseserve.artifacts import load, moa_density
@@ -16,6 +15,7 @@ from sparseserve.model import ModelShape
 from sparseserve.policies import Moa
 from sparseserve.testing.bed import Bed
 from sparseserve.types import HeadShape, Role, Window
+from tests.helpers.artifact_files import head_map, moa_plan
 
 SINK, MINIMUM, PAGE = 64, 128, 64
 CANDIDATES = [*product(range(-1024, 9216, 1024), [k / 8 for k in range(9)])]  # what MoA's optimiser chooses from

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_contract import CASES, LENGTHS, MODEL, data
 from torch import Tensor
 
 from sparseserve.config import from_dict, to_dict
 from sparseserve.policies import BudgetPolicy, Dense, Policy, Quest
 from sparseserve.policies.base import WindowPolicy
 from sparseserve.testing.bed import Bed, Outcome
+from tests.helpers.contract import CASES, LENGTHS, MODEL
 
-__all__ = ["data"]  # the fixture
 pytestmark = pytest.mark.usefixtures("device")
 ROWS = [row for row, length in enumerate(LENGTHS) if length]
 BUDGETED = [name for name, policy in CASES.items() if policy.budget_bounds is not None]

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from artifact_files import head_map, moa_plan
 from torch import Tensor
 
 from sparseserve.artifacts import load
@@ -18,6 +17,7 @@ from sparseserve.model import ModelShape
 from sparseserve.policies import Dense, Policy, Retrieval, Streaming
 from sparseserve.testing.bed import Bed, Outcome
 from sparseserve.types import HeadShape, Role
+from tests.helpers.artifact_files import head_map, moa_plan
 
 SINK, RECENT, PAGE = 8, 40, 64
 MODEL = ModelShape("bed", 3, HeadShape(kv_heads=2, group=2, head_dim=32), max_len=448, page_size=PAGE)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from artifact_files import head_map
 from torch import Tensor
 
 from sparseserve.decode.step import StepBuffers
@@ -18,6 +17,7 @@ from sparseserve.model import ModelShape
 from sparseserve.policies import S2
 from sparseserve.testing.bed import token_mask
 from sparseserve.types import HeadShape, PageTable, Role
+from tests.helpers.artifact_files import head_map
 
 PAGE = 128
 LENGTHS = [0, 1, 63, 64, 65, 127, 128, 129, 640, 1000, 1024]

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from artifact_files import head_map, saved
 from torch import Tensor
 
 from sparseserve import ops, reference
@@ -19,6 +18,7 @@ from sparseserve.reference.gate import rotate, unrotate
 from sparseserve.testing.bed import Bed, Outcome
 from sparseserve.testing.gates import plain_rope, random_gates
 from sparseserve.types import Gate, HeadShape, Role
+from tests.helpers.artifact_files import head_map, saved
 
 LENGTHS = [639, 640, 641, 63, 64, 65, 0, 300]
 ROPES: dict[str, dict[str, Any]] = {

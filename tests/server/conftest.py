@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator
 
 import pytest
-from front_app import Front, make_front
 
 from sparseserve.server.front.counters import CONFIGURED, DRAINING, REQUESTS
+from tests.helpers.server.front_app import Front, make_front
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from sim_programs import FLAGS, KERNELS, SANITIZERS, SIMULATOR, Run, compile_programs
+
+from tests.helpers.sim_programs import FLAGS, PROGRAMS, SANITIZERS, SIMULATOR, Run, compile_programs
 
 
 @pytest.fixture(scope="session")
@@ -16,9 +17,9 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     if compiler is None:
         pytest.skip("no C++ compiler")
     folder = tmp_path_factory.mktemp("sim")
-    engine, kernels = sorted(SIMULATOR.glob("engine/*.cpp")), sorted(KERNELS.glob("*.cu"))
+    engine, kernels = sorted(SIMULATOR.glob("engine/*.cpp")), sorted(PROGRAMS.glob("*.cu"))
     plain = compile_programs(compiler, engine + kernels, FLAGS, folder / "plain")
-    checked = compile_programs(compiler, [*engine, KERNELS / "mistakes.cu"], FLAGS + SANITIZERS, folder / "checked")
+    checked = compile_programs(compiler, [*engine, PROGRAMS / "mistakes.cu"], FLAGS + SANITIZERS, folder / "checked")
     return plain | {"checked": checked["mistakes"]}
 
 

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from sim_programs import ORDERS, Run, values_of
+
+from tests.helpers.sim_programs import ORDERS, Run, values_of
 
 
 @pytest.fixture(scope="module", params=ORDERS)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from sim_programs import ORDERS, Run
+
+from tests.helpers.sim_programs import ORDERS, Run
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from sim_programs import ORDERS, Run, values_of
+
+from tests.helpers.sim_programs import ORDERS, Run, values_of
 
 THREADS = range(64)
 RIGHT = {

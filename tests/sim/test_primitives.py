@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sim_programs import ORDERS, Run, values_of
+
+from tests.helpers.sim_programs import ORDERS, Run, values_of
 
 LANES = range(32)
 VALUES = [(i * 37 + 11) % 64 for i in LANES]

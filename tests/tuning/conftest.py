@@ -1,5 +1,6 @@
 import pytest
-from made_up import Lab
+
+from tests.helpers.made_up import Lab
 
 
 @pytest.fixture

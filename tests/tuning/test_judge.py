@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from made_up import Lab
 
 from sparseserve.errors import TuningError
 from sparseserve.evaluation.request import Setting
 from sparseserve.tuning.judge import Judged, choose, loss, pareto
+from tests.helpers.made_up import Lab
 
 RIGHT, HALF, WRONG = (1.0, 1.0), (1.0, 0.0), (0.0, 0.0)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from made_up import Lab
 from rich.console import Console
 
 from sparseserve.cli.tune import show
@@ -19,6 +18,7 @@ from sparseserve.evaluation.results import Results
 from sparseserve.evaluation.run import partial_file
 from sparseserve.tuning.run import OWN_ATTENTION, Asked, Evaluate, tune, write_policy
 from sparseserve.tuning.search import budgets, families, with_budgets
+from tests.helpers.made_up import Lab
 
 RIGHT, HALF = (1.0, 1.0), (1.0, 0.0)
 VLLM = ("--max-model-len", "9216", "--enforce-eager")
