@@ -53,10 +53,10 @@ lint: $(VENV)/.built
 	$(BIN)/mypy
 
 bench: $(VENV)/.built
-	$(BIN)/python kernels/bench/ops.py --json build/bench-ops.json
-	$(BIN)/python kernels/bench/decode.py --json build/bench-decode.json
-	$(BIN)/python kernels/bench/heads.py --json build/bench-heads.json
-	$(BIN)/python kernels/bench/recall.py --json build/bench-recall.json
+	$(BIN)/python -m kernels.bench.cpu.ops --json build/bench-ops.json
+	$(BIN)/python -m kernels.bench.cpu.decode --json build/bench-decode.json
+	$(BIN)/python -m kernels.bench.cpu.heads --json build/bench-heads.json
+	$(BIN)/python -m kernels.bench.cpu.recall --json build/bench-recall.json
 
 # The CUDA kernels in the simulator, under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZED := build/sanitize
@@ -89,11 +89,11 @@ gpu-test: gpu-build
 	done
 
 gpu-bench: gpu-build
-	$(PYTHON) kernels/bench/gpu.py --commit $(COMMIT) --json build/bench-gpu.json
+	$(PYTHON) -m kernels.bench.gpu.layer_times --commit $(COMMIT) --json build/bench-gpu.json
 
 # With vLLM 0.32 importable.
 gpu-bench-vllm: gpu-build
-	$(PYTHON) kernels/bench/gpu_vllm.py --commit $(COMMIT) --json build/bench-gpu-vllm.json
+	$(PYTHON) -m kernels.bench.gpu.vllm_times --commit $(COMMIT) --json build/bench-gpu-vllm.json
 
 # The lock lists every package; --no-deps leaves out torchvision, torchaudio and torchcodec, whose PyPI builds need CUDA.
 $(VENV)/.installed: deploy/cpu.lock

@@ -7,25 +7,18 @@ import json
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "kernels" / "bench"))
-
-import gpu
-import gpu_bytes
-import gpu_timing
-import gpu_vllm
-from gpu_baselines import MAKERS, baselines
-from gpu_contenders import contenders
-from gpu_layers import LLAMA_8B, TIDAL, Layers, Point
-from gpu_report import compare, document, entries, report
-from gpu_timing import Contender, Outcome, measure
-from gpu_vllm import BUDGET, TOKENS, Timing
-
+from kernels.bench.gpu import byte_model, layer_times, vllm_times
+from kernels.bench.gpu.baselines import MAKERS, baselines
+from kernels.bench.gpu.contenders import contenders
+from kernels.bench.gpu.layers import LLAMA_8B, TIDAL, Layers, Point
+from kernels.bench.gpu.report import compare, document, entries, report
+from kernels.bench.gpu.timing import Contender, Outcome, measure
+from kernels.bench.gpu.vllm_times import BUDGET, TOKENS, Timing
 from sparseserve import ops
 from sparseserve.testing import target
 from sparseserve.testing.target import Layout
@@ -47,7 +40,7 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_timing, "LEAST_CALLS", 1)
+    monkeypatch.setattr("kernels.bench.gpu.timing.LEAST_CALLS", 1)
 
 
 @pytest.fixture
@@ -70,14 +63,14 @@ def small_layers(page_size: int = 64, token_first: bool = False) -> Layers:
 @pytest.mark.parametrize(
     ("moved", "expected"),
     [
-        (gpu_bytes.attend(LLAMA_8B, 1, 4096), 16_777_216),  # the 17 MB of the target
-        (gpu_bytes.attend(LLAMA_8B, 1, 32768), 134_217_728),
-        (gpu_bytes.attend(LLAMA_8B, 8, 2048), 67_108_864),
-        (gpu_bytes.score_pages(LLAMA_8B, 1, 1024), 1024 * 8 * 512 + 1024 * 8 * 4),
-        (gpu_bytes.score_gates(LLAMA_8B, 1, 512), 2_097_152 + 512 * 8 * 512 + 512 * 8 * 4),
-        (gpu_bytes.score_tokens(LLAMA_8B, 1, 32768), 67_108_864 + 1_048_576),
-        (gpu_bytes.select(LLAMA_8B, 1, 1024, 61), 8 * 4 * 1085),
-        (gpu_bytes.summarize_pages(LLAMA_8B, 4, 32), 4 * 8 * 34 * 256),
+        (byte_model.attend(LLAMA_8B, 1, 4096), 16_777_216),  # the 17 MB of the target
+        (byte_model.attend(LLAMA_8B, 1, 32768), 134_217_728),
+        (byte_model.attend(LLAMA_8B, 8, 2048), 67_108_864),
+        (byte_model.score_pages(LLAMA_8B, 1, 1024), 1024 * 8 * 512 + 1024 * 8 * 4),
+        (byte_model.score_gates(LLAMA_8B, 1, 512), 2_097_152 + 512 * 8 * 512 + 512 * 8 * 4),
+        (byte_model.score_tokens(LLAMA_8B, 1, 32768), 67_108_864 + 1_048_576),
+        (byte_model.select(LLAMA_8B, 1, 1024, 61), 8 * 4 * 1085),
+        (byte_model.summarize_pages(LLAMA_8B, 4, 32), 4 * 8 * 34 * 256),
     ],
 )
 def test_bytes_by_hand(moved: int, expected: int) -> None:
@@ -85,16 +78,16 @@ def test_bytes_by_hand(moved: int, expected: int) -> None:
 
 
 def test_floor_is_that_of_the_roofline() -> None:
-    dense = gpu_bytes.attend(LLAMA_8B, 1, 32768)
-    assert gpu_bytes.floor_microseconds((dense,)) == pytest.approx(34.68, abs=0.01)  # 134 MB at 3.87 TB/s
-    assert gpu_bytes.floor_microseconds((4_194_304, 32_768, 8_388_608)) == 7.5  # three launches
+    dense = byte_model.attend(LLAMA_8B, 1, 32768)
+    assert byte_model.floor_microseconds((dense,)) == pytest.approx(34.68, abs=0.01)  # 134 MB at 3.87 TB/s
+    assert byte_model.floor_microseconds((4_194_304, 32_768, 8_388_608)) == 7.5  # three launches
 
 
 def test_points_are_whole_pages() -> None:
-    assert gpu.shape("131072x4") == (131072, 4)
+    assert layer_times.shape("131072x4") == (131072, 4)
     for wrong in ("4096", "100x1", "x4"):
-        with pytest.raises(gpu.argparse.ArgumentTypeError, match="64 tokens"):
-            gpu.shape(wrong)
+        with pytest.raises(layer_times.argparse.ArgumentTypeError, match="64 tokens"):
+            layer_times.shape(wrong)
 
 
 @pytest.mark.parametrize("token_first", [False, True])
@@ -270,7 +263,7 @@ def test_report() -> None:
 
 
 def test_prompts_continue_shorter_ones_and_differ_by_row() -> None:
-    assert gpu_vllm.prompt(1, 64) == gpu_vllm.prompt(1, 128)[:64] != gpu_vllm.prompt(2, 64)
+    assert vllm_times.prompt(1, 64) == vllm_times.prompt(1, 128)[:64] != vllm_times.prompt(2, 64)
 
 
 @pytest.mark.parametrize(
@@ -288,15 +281,15 @@ def test_steps_count_when_all_rows_decode_together_under_the_policy(
     cache = SimpleNamespace(num_gpu_blocks=blocks, block_size=64)
     llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache)))
     counted = iter([[5.0, 5.0, 5.0], [5 + 32 * rows * 2048.0, 5 + 32 * rows * 4090.0, 5.0 + rows]])
-    monkeypatch.setattr(gpu_vllm, "counters", lambda: next(counted))
+    monkeypatch.setattr(vllm_times, "counters", lambda: next(counted))
 
     def steps(llm: object, prompts: list[list[int]], tokens: int) -> list[tuple[float, int]]:
         assert [len(prompt) for prompt in prompts] == [4096 - TOKENS] * 2
-        return [(9.0, 0), *[(0.5, 2)] * gpu_vllm.SETTLING, *[(0.02, 2)] * (together - gpu_vllm.SETTLING), (9.0, 1)]
+        return [(9.0, 0), *[(0.5, 2)] * vllm_times.SETTLING, *[(0.02, 2)] * (together - vllm_times.SETTLING), (9.0, 1)]
 
-    monkeypatch.setattr(gpu_vllm, "steps", steps)
+    monkeypatch.setattr(vllm_times, "steps", steps)
     timing = Timing(4096, 2, "quest")
-    gpu_vllm.measure(llm, timing, rounds=3)
+    vllm_times.measure(llm, timing, rounds=3)
     assert timing.note == note
     numbers = (timing.milliseconds, timing.spread, timing.attended, timing.resident)
     assert numbers == ((None,) * 4 if note else (20.0, 0.0, 2048.0, 4090.0))
@@ -310,8 +303,8 @@ def test_vllm_table() -> None:
         Timing(2048, 16, "quest", milliseconds=6.0),
         Timing(65536, 8, "tidal", note="not together: 3 of 48 steps had all rows"),
     ]
-    gpu_vllm.compare(timings)
-    assert gpu_vllm.table(timings).splitlines()[:5] == [
+    vllm_times.compare(timings)
+    assert vllm_times.table(timings).splitlines()[:5] == [
         "tidal at 65536 x 8: not together: 3 of 48 steps had all rows",
         "ms a step          64k x 8         2k x 16",
         "vllm       24.00 1.00x all  6.00 1.00x all",
@@ -321,9 +314,9 @@ def test_vllm_table() -> None:
 
 
 def test_vllm_is_started_with_our_backend_only_under_a_policy() -> None:
-    assert gpu_vllm.settings("vllm") == {}
-    for engine in gpu_vllm.POLICIES:
-        given = gpu_vllm.settings(engine)
+    assert vllm_times.settings("vllm") == {}
+    for engine in vllm_times.POLICIES:
+        given = vllm_times.settings(engine)
         assert given["attention_config"] == {"backend_per_kind": {"full_attention": "CUSTOM"}}
         policy = given["additional_config"]["sparseserve"]
         assert (policy["policy"], policy["budget_tokens"]) == (engine, BUDGET)

@@ -19,11 +19,11 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from contenders import FAR, NEAR, deep_model, policies, prompt
-from environment import options, write_record
 from rich.console import Console
 from rich.table import Table
 
+from kernels.bench.cpu.contenders import FAR, NEAR, deep_model, policies, prompt
+from kernels.bench.environment import options, write_record
 from sparseserve.config import WORKERS, to_dict
 from sparseserve.demo import circuits
 from sparseserve.policies import S2, Hip, Policy, Streaming

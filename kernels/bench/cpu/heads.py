@@ -16,12 +16,12 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from contenders import FAR, NEAR, deep_model, policies, prompt
-from decode import engine
-from environment import options, write_record
 from rich.console import Console
 from rich.table import Table
 
+from kernels.bench.cpu.contenders import FAR, NEAR, deep_model, policies, prompt
+from kernels.bench.cpu.decode import engine
+from kernels.bench.environment import options, write_record
 from sparseserve.policies import Policy
 
 CONTEXTS = (4096, 16384)

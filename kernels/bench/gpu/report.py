@@ -11,10 +11,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu_baselines import MAKERS as BASELINES
-from gpu_bytes import floor_microseconds
-from gpu_layers import Point
-from gpu_timing import Outcome
+
+from kernels.bench.gpu.baselines import MAKERS as BASELINES
+from kernels.bench.gpu.byte_model import floor_microseconds
+from kernels.bench.gpu.layers import Point
+from kernels.bench.gpu.timing import Outcome
 
 DEFINITIONS = {
     "bytes": "by the byte model; a copy of n bytes moves 2 n, it reads and it writes",

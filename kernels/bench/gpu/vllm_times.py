@@ -1,6 +1,6 @@
 """Decode time per step, end to end through vLLM on a GPU: policies beside vLLM without the plugin.
 
-    PYTHONPATH=SITE python kernels/bench/gpu_vllm.py --commit COMMIT --json gpu-vllm.json
+    PYTHONPATH=SITE python -m kernels.bench.gpu.vllm_times --commit COMMIT --json gpu-vllm.json
 
 The model has the shape of Llama-3.1-8B and no trained weights, which costs the same: `load_format="dummy"`. Every
 engine is a process of its own, one after the other. Rows have prompts of their own, for rows that share pages would
@@ -27,9 +27,9 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gpu import shape
-from gpu_layers import Point
-from gpu_report import columns, environment, sensors
+from kernels.bench.gpu.layer_times import shape
+from kernels.bench.gpu.layers import Point
+from kernels.bench.gpu.report import columns, environment, sensors
 
 POINTS = ["131072x4", "65536x8", "65536x1", "32768x16", "2048x16"]  # tokens x rows, longest prompts first
 CONTROL, BUDGET, PAGE = "vllm", 2048, 64  # PAGE as our launcher has it

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from pool import PAGE, UNIT, Requests
 from torch import Tensor
+
+from kernels.bench.cpu.pool import PAGE, UNIT, Requests
 
 TOUCHED_BYTES = 96 << 20  # well above the last-level cache
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
-import gpu_bytes
 import torch
-from gpu_layers import DTYPE, QUEST, SEER, TIDAL, UNCACHED, Layers, Rule
-from gpu_timing import Builders, Contender
 from torch import Tensor
 
+from kernels.bench.gpu import byte_model
+from kernels.bench.gpu.layers import DTYPE, QUEST, SEER, TIDAL, UNCACHED, Layers, Rule
+from kernels.bench.gpu.timing import Builders, Contender
 from sparseserve import ops, reference
 from sparseserve.testing.oracle import assert_as_exact, torch_attend
 from sparseserve.types import Bound, Gate, Selection, Wanted
@@ -23,7 +23,7 @@ def contenders(layers: Layers, l2_bytes: int) -> Builders:
     """Everything of ours that the pages of `layers` have room for, and the copies that it is held against."""
     point, heads = layers.point, layers.heads
     rows = point.batch
-    dense, sparse = (gpu_bytes.attend(heads, rows, tokens) for tokens in (point.context, point.budget))
+    dense, sparse = (byte_model.attend(heads, rows, tokens) for tokens in (point.context, point.budget))
     builders: Builders = {
         "copy of a dense layer": lambda: copy(layers, dense, l2_bytes),
         "copy of a sparse layer": lambda: copy(layers, sparse, l2_bytes),
@@ -91,7 +91,7 @@ def attend_call(layers: Layers, out: Tensor, selections: list[Selection]) -> Cal
 def attend(layers: Layers, selection: Selection, tokens: int) -> Contender:
     """Attention over one selection of about `tokens` tokens, which all layers use as tidal's layers do."""
     out, check = outputs(layers), output_check(layers, selection)
-    moved = gpu_bytes.attend(layers.heads, layers.point.batch, tokens)
+    moved = byte_model.attend(layers.heads, layers.point.batch, tokens)
     return Contender((moved,), attend_call(layers, out, [selection]), (out,), lambda: check(out[-1]))
 
 
@@ -121,7 +121,7 @@ def quest_scores(layers: Layers) -> Scores:
         arguments = case.query, summary, case.pages, case.seq_lens, unit, Bound.MEAN_STD
         return reference.score_pages(*arguments, dtype=dtype)
 
-    moved = gpu_bytes.score_pages(layers.heads, layers.point.batch, layers.point.context // unit)
+    moved = byte_model.score_pages(layers.heads, layers.point.batch, layers.point.context // unit)
     return Scores(QUEST, moved, score, exact, terms=2 * layers.heads.head_dim)
 
 
@@ -141,7 +141,7 @@ def seer_scores(layers: Layers) -> Scores:
         summary = layers.sampled_pages(layers.gate_keys[-1])
         return reference.score_gates(case.query, summary, case.pages, case.seq_lens, unit, mine, dtype=dtype)
 
-    moved = gpu_bytes.score_gates(layers.heads, layers.point.batch, layers.point.context // unit)
+    moved = byte_model.score_gates(layers.heads, layers.point.batch, layers.point.context // unit)
     terms = (layers.heads.group + 1) * layers.heads.head_dim
     return Scores(SEER, moved, score, exact, terms)
 
@@ -162,7 +162,7 @@ def tidal_scores(layers: Layers) -> Scores:
         arguments = case.query, case.kv.key, case.pages, case.seq_lens, mine, case.scale
         return reference.score_tokens(*arguments, scores, 1, dtype=dtype)
 
-    moved = gpu_bytes.score_tokens(layers.heads, layers.point.batch, layers.point.context)
+    moved = byte_model.score_tokens(layers.heads, layers.point.batch, layers.point.context)
     dim = layers.heads.head_dim
     # exp turns the absolute error of a logit, about |q||k| scale, into a relative one
     return Scores(TIDAL, moved, score, exact, dim + layers.heads.group, magnitude=2 * layers.scale * dim)
@@ -187,7 +187,7 @@ def sparse_layer(layers: Layers, of: Scores) -> Contender:
         selecting.check()
         output_check(layers, selections[-1])(out[-1])
 
-    moved = gpu_bytes.attend(layers.heads, layers.point.batch, layers.point.budget)
+    moved = byte_model.attend(layers.heads, layers.point.batch, layers.point.budget)
     return Contender((*selecting.kernels, moved), call, (*selecting.results, out), check)
 
 
@@ -213,7 +213,7 @@ def _selecting(layers: Layers, of: Scores) -> tuple[Contender, list[Selection]]:
         for part in ("spans", "units", "count"):
             assert torch.equal(getattr(mine, part), getattr(expected, part)), f"{part} differ from the reference's"
 
-    moved = of.bytes + gpu_bytes.select(heads, point.batch, units, slots)  # one kernel
+    moved = of.bytes + byte_model.select(heads, point.batch, units, slots)  # one kernel
     return Contender((moved,), call, (scores, *buffers), check), selections
 
 
@@ -237,5 +237,5 @@ def summarize_pages(layers: Layers) -> Contender:
         reference.summarize_pages(case.kv.key, last, peer, Bound.MEAN_STD)
         assert_as_exact(actual, exact, peer, terms=QUEST.unit_tokens)
 
-    moved = gpu_bytes.summarize_pages(heads, layers.point.batch, QUEST.unit_tokens)
+    moved = byte_model.summarize_pages(heads, layers.point.batch, QUEST.unit_tokens)
     return Contender((moved,), call, (summaries,), check)

@@ -1,6 +1,6 @@
 """Time of every op on a GPU beside a copy, the floor of the byte model, and the dense attention of others.
 
-    PYTHONPATH=. python kernels/bench/gpu.py --commit $(git rev-parse HEAD) --json gpu.json
+    python -m kernels.bench.gpu.layer_times --commit $(git rev-parse HEAD) --json gpu.json
 
 Needs torch and the built CUDA kernels; FlashAttention-3 and FlashInfer take part where they can be imported. A
 contender is the work of one layer of Llama-3.1-8B (8 KV heads, groups of 4, D 128, bf16) in a decode step, captured in
@@ -19,11 +19,12 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_baselines import baselines
-from gpu_contenders import contenders
-from gpu_layers import LLAMA_8B, Layers, Point
-from gpu_report import Entry, compare, document, entries, report, sensors
-from gpu_timing import Gpu, measure
+
+from kernels.bench.gpu.baselines import baselines
+from kernels.bench.gpu.contenders import contenders
+from kernels.bench.gpu.layers import LLAMA_8B, Layers, Point
+from kernels.bench.gpu.report import Entry, compare, document, entries, report, sensors
+from kernels.bench.gpu.timing import Gpu, measure
 
 POINTS = ["4096x1", "32768x1", "32768x8", "131072x4"]  # tokens x rows
 PAGE_SIZES = [64, 16]  # our launcher's, which hold units of quest and seer, and vLLM's own

@@ -1,6 +1,6 @@
 """Time of every op beside what memory allows and beside vLLM's own CPU attention, with one decoding request.
 
-    python kernels/bench/ops.py --json out.json
+    python -m kernels.bench.cpu.ops --json out.json
 
 Contenders take turns in random order, each over several requests whose caches together exceed the last-level cache. The
 bare read touches the same bytes in the same threads, plainly and with prefetching, and the faster counts. `attend` is
@@ -16,15 +16,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from environment import environment
-from pool import DTYPE, KV_HEADS, PAGE, UNIT, Requests
 from rich.console import Console
 from rich.table import Table
-from timing import TOUCHED_BYTES, Call, Result, pages_call, read, results, tiles_call
 from torch import Tensor
 from torch.utils.cpp_extension import load
 from vllm import _custom_ops as vllm_ops
 
+from kernels.bench.cpu.pool import DTYPE, KV_HEADS, PAGE, UNIT, Requests
+from kernels.bench.cpu.timing import TOUCHED_BYTES, Call, Result, pages_call, read, results, tiles_call
+from kernels.bench.environment import environment
 from sparseserve import ops, reference
 from sparseserve.model import ModelShape
 from sparseserve.policies import Hip

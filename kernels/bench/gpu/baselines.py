@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import gpu_bytes
 import torch
-from gpu_contenders import Check, output_check, outputs
-from gpu_layers import DTYPE, Layers
-from gpu_timing import Builders, Contender
 from torch import Tensor
+
+from kernels.bench.gpu import byte_model
+from kernels.bench.gpu.contenders import Check, output_check, outputs
+from kernels.bench.gpu.layers import DTYPE, Layers
+from kernels.bench.gpu.timing import Builders, Contender
 
 Attention = Callable[[int, Tensor], object]  # of a layer, into an output [B, Hq, D]
 FLOAT_WORKSPACE, XQA_WORKSPACE = 128 << 20, 256 << 20  # bytes, as their documentation and vLLM have them
@@ -23,7 +24,7 @@ VLLM_SPLITS = 32  # attention_config.flash_attn_max_num_splits_for_cuda_graph
 def baseline(layers: Layers, make: Callable[[Layers], Attention], check: Check) -> Contender:
     """A contender that attends to everything."""
     attention, out = make(layers), outputs(layers)
-    moved = gpu_bytes.attend(layers.heads, layers.point.batch, layers.point.context)
+    moved = byte_model.attend(layers.heads, layers.point.batch, layers.point.context)
     return Contender((moved,), lambda i: attention(i, out[i]), (out,), lambda: check(out[-1]))
 
 
