@@ -115,7 +115,7 @@ def policy_file_schema() -> dict[str, Any]:
         ref = refs[(cls, "validation")]
         entries.append(ref)
         entry = definitions[ref["$ref"].rpartition("/")[2]]
-        entry["properties"] = {"policy": {"const": name, "description": cls.summary}} | entry["properties"]
+        entry["properties"] = {"policy": {"const": name, "description": cls.description}} | entry["properties"]
         entry["required"] = ["policy", *entry.get("required", [])]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -47,13 +47,13 @@ class HeadShape:
     """The attention heads of one layer on one rank."""
 
     kv_heads: int  # H
-    group: int  # G
+    queries_per_kv: int  # G
     head_dim: int  # D
 
     @property
     def query_heads(self) -> int:
         """Hq = H * G."""
-        return self.kv_heads * self.group
+        return self.kv_heads * self.queries_per_kv
 
     def selection_heads(self, scope: Scope) -> int:
         """Hs of a scope: 1, H or Hq."""

@@ -47,7 +47,7 @@ def read_model(path: Path) -> ModelShape:
     data = read_bytes(file)
     content = parse_json(data.decode(errors="replace"), file)
     config = parse(MODEL_CONFIG, text_model(content), file, "a model's config.json")
-    if not config.heads.group or not config.heads.head_dim:
+    if not config.heads.queries_per_kv or not config.heads.head_dim:
         refuse(file, "heads", config, "query heads that are a multiple of the KV heads, and their dim")
     name = path.resolve().name if path.is_dir() else path.resolve().parent.name
     return ModelShape(

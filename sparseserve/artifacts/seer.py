@@ -49,8 +49,8 @@ def load(state: dict[Any, Any], path: Path, config_path: Path) -> Artifact:
     tensors = _gates(state, path)
     config = _config(config_path)
     layers, heads = config.num_hidden_layers, config.heads
-    if "query.0" in tensors and (shape := tuple(tensors["query.0"].shape))[1:2] != (heads.group,):
-        refuse(path, "shape of query.0", shape, f"[H, G, D, E] with G = {heads.group} as in config.json")
+    if "query.0" in tensors and (shape := tuple(tensors["query.0"].shape))[1:2] != (heads.queries_per_kv,):
+        refuse(path, "shape of query.0", shape, f"[H, G, D, E] with G = {heads.queries_per_kv} as in config.json")
     normed = config.seerattn_use_qk_norm
     arguments = {
         "block_size": config.seerattn_gate_block_size,

@@ -55,8 +55,8 @@ def describe(explained: Explanation) -> dict[str, Any]:
         "dense_up_to": explained.policy.dense_up_to,
         "unit_tokens": explained.policy.selection_unit if explained.policy.selection_slots(model.max_len) else None,
         "kv_bytes_per_token": explained.kv_bytes * model.layers,
-        "summary_bytes_per_page": explained.summary_bytes * model.layers,
-        "summary_bytes_per_token": explained.summary_bytes * model.layers / model.page_size,
+        "page_state_bytes_per_page": explained.page_state_bytes * model.layers,
+        "page_state_bytes_per_token": explained.page_state_bytes * model.layers / model.page_size,
         "steps": [
             {
                 "length": step.length,
@@ -79,7 +79,7 @@ def describe(explained: Explanation) -> dict[str, Any]:
         "memory": {
             "kv_memory": "per_head" if explained.policy.frees_pages else "shared",
             "page_slots": explained.memory.slots,
-            "page_bytes": explained.memory.page_bytes + explained.memory.summary_bytes,
+            "page_bytes": explained.memory.page_bytes + explained.memory.page_state_bytes,
             "rows": [_row(row, explained.memory) for row in explained.rows],
         },
     }
@@ -102,7 +102,7 @@ def _row(row: RowMemory, memory: Memory) -> dict[str, Any]:
             }
             for group, pages in groups
         ],
-        "summary_bytes": row.stored.summaries,
+        "page_state_bytes": row.stored.page_state,
         "bytes": row.stored.bytes,
         "dense_bytes": row.stored.dense,
         "ratio_to_dense": row.stored.ratio,
@@ -167,7 +167,7 @@ def _per_head_notes(explained: dict[str, Any]) -> list[str]:
 
 
 def _shared_notes(explained: dict[str, Any]) -> list[str]:
-    per_page, per_token = explained["summary_bytes_per_page"], explained["summary_bytes_per_token"]
+    per_page, per_token = explained["page_state_bytes_per_page"], explained["page_state_bytes_per_token"]
     share, ratio = per_token / explained["kv_bytes_per_token"], explained["memory"]["rows"][-1]["ratio_to_dense"]
     return [
         f"Memory: all heads keep everything, {_size(explained['kv_bytes_per_token'])} per token; for summaries "

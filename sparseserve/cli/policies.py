@@ -33,13 +33,13 @@ def describe(cls: type[Policy]) -> dict[str, Any]:
     """A policy in JSON-able words."""
     properties = cls.model_json_schema()["properties"]
     parameters = {key: {k: v for k, v in spec.items() if k != "title"} for key, spec in properties.items()}
-    return {"name": cls.name, "summary": cls.summary, "paper": cls.paper, "parameters": parameters}
+    return {"name": cls.name, "description": cls.description, "paper": cls.paper, "parameters": parameters}
 
 
 def _table(described: list[dict[str, Any]]) -> Table:
     table = Table("policy", Column("what it reads", overflow="fold"), "--set KEY=VALUE, default", show_lines=True)
     for policy in described:
-        about = "\n".join(filter(None, [policy["summary"], policy["paper"]]))
+        about = "\n".join(filter(None, [policy["description"], policy["paper"]]))
         defaults = [f"{key}={spec.get('default', '(required)')}" for key, spec in policy["parameters"].items()]
         table.add_row(policy["name"], about, "\n".join(defaults))
     return table

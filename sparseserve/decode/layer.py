@@ -18,7 +18,7 @@ class SparseLayer:
     policy: Policy
     plan: LayerPlan
     kv: PagedKV
-    summary: Tensor | None  # [M, ...], in the tails of the pages
+    page_state: Tensor | None  # [M, ...], in the tails of the pages
     scale: float
 
 
@@ -27,7 +27,7 @@ def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> 
     plan = layer.plan
     selects = plan.role is Role.SELECT
     if selects and not plan.dense_output:
-        layer.policy.select(query, layer.kv, layer.summary, plan, step, layer.scale)
+        layer.policy.select(query, layer.kv, layer.page_state, plan, step, layer.scale)
     attended = step.attended_dense if plan.dense_output else step.attended
     ops.attend(
         query,
@@ -41,11 +41,11 @@ def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> 
         attended=attended[plan.layer],
         scratch=step.scratch,
     )
-    layer.policy.after_attend(query, layer.kv, layer.summary, plan, step, layer.scale, out)
+    layer.policy.after_attend(query, layer.kv, layer.page_state, plan, step, layer.scale, out)
     if step.measurement is not None and plan.layer in step.measurement.layers:
         _measure(layer, step, step.measurement, query, out)
     if selects and plan.dense_output:
-        layer.policy.select(query, layer.kv, layer.summary, plan, step, layer.scale)
+        layer.policy.select(query, layer.kv, layer.page_state, plan, step, layer.scale)
 
 
 def _measure(layer: SparseLayer, step: Step, measurement: Measurement, query: Tensor, out: Tensor) -> None:

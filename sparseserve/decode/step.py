@@ -16,14 +16,14 @@ PROMPT_PIECE = 128  # tokens of a prompt that windowed heads attend for at a tim
 
 
 @dataclass(frozen=True, slots=True)
-class StepMemory:
+class StepWorkspace:
     """What is large of a step; layers use it one after the other."""
 
     scores: Tensor  # [B, Hs, T] fp32
     scratch: Tensor | None  # of `step_scratch`, not on the CPU
 
     @classmethod
-    def allocate(cls, policy: Policy, heads: HeadShape, rows: int, max_len: int, device: torch.device) -> StepMemory:
+    def allocate(cls, policy: Policy, heads: HeadShape, rows: int, max_len: int, device: torch.device) -> StepWorkspace:
         """For `rows` rows of up to `max_len` tokens."""
         shape = rows, heads.selection_heads(policy.head_scope), policy.scored_units(max_len)
         # Untouched memory costs nothing on the CPU: only the rows and lengths in use are ever written.
@@ -54,7 +54,7 @@ class StepBuffers:
         rows: int,
         max_len: int,
         device: torch.device = CPU,
-        memory: StepMemory | None = None,
+        memory: StepWorkspace | None = None,
     ) -> None:
         selection_heads = heads.selection_heads(policy.head_scope)
         unit = policy.selection_unit
@@ -64,7 +64,7 @@ class StepBuffers:
         self._window = _stack(plans, selection_heads, device)
         layers = self._window.sink.shape[0]
         self._windows = torch.zeros(layers, rows, selection_heads, 2, dtype=torch.int32, device=device)
-        self._memory = memory or StepMemory.allocate(policy, heads, rows, max_len, device)
+        self._memory = memory or StepWorkspace.allocate(policy, heads, rows, max_len, device)
         self._lse = torch.empty(rows, heads.query_heads, device=device)
         self._attended_dense = torch.zeros(len(plans), rows, 1, dtype=torch.int32, device=device)
         self._attended = torch.zeros(len(plans), rows, selection_heads, dtype=torch.int32, device=device)

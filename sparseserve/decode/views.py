@@ -26,7 +26,7 @@ def cuda_views(kv_cache: Tensor) -> PagedKV:
     return PagedKV(key, value)
 
 
-def summaries(kv_cache: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor | None:
+def page_state(kv_cache: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor | None:
     """The page summaries [M, *shape] in the tails of the pages of `kv_cache` [M, H, P, 2D]; None for no shape.
 
     They are of `dtype`, or of the cache's for None.

@@ -43,13 +43,13 @@ class Stored:
 
     full: int  # of heads that keep everything
     window: int  # of heads that keep a window
-    summaries: int
+    page_state: int  # what policies know of pages, in their tails
     dense: int  # that dense attention stores
 
     @property
     def bytes(self) -> int:
         """All that the rows store."""
-        return self.full + self.window + self.summaries
+        return self.full + self.window + self.page_state
 
     @property
     def ratio(self) -> float:
@@ -63,13 +63,13 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The pages of the cache: `slots` slots, each P tokens of one KV head, and a summary."""
+    """The pages of the cache: `slots` slots, each P tokens of one KV head, and what the policy keeps of it."""
 
     groups: tuple[HeadGroup, ...]
     page_size: int  # P, tokens
     slots: int  # S, KV heads that a page has room for
     page_bytes: int  # of the slots
-    summary_bytes: int  # of a page's summaries
+    page_state_bytes: int  # of a page, beside its slots
     dense_bytes: int  # of P tokens of all KV heads
 
     def row(self, length: int) -> Stored:
@@ -83,12 +83,12 @@ class Memory:
     def stored(self, full: int, window: int, dense: int) -> Stored:
         """What so many pages hold; `dense` counts pages of all heads."""
         return Stored(
-            full * self.page_bytes, window * self.page_bytes, dense * self.summary_bytes, dense * self.dense_bytes
+            full * self.page_bytes, window * self.page_bytes, dense * self.page_state_bytes, dense * self.dense_bytes
         )
 
     def capacity(self, pages: int, length: int) -> tuple[int, int]:
         """Tokens that `pages` pages hold in rows of `length` tokens, and those that dense attention would."""
-        row, room = self.row(length), pages * (self.page_bytes + self.summary_bytes)
+        row, room = self.row(length), pages * (self.page_bytes + self.page_state_bytes)
         return room * length // row.bytes, room * length // row.dense
 
 
@@ -100,8 +100,8 @@ def memory_of(
     dense = len(plans) * size * token_bytes(heads, element_bytes)
     if storage is None:
         slots = len(plans) * heads.kv_heads
-        summary = len(plans) * policy.summary_bytes(heads, size, element_bytes)
-        return Memory((HeadGroup(None, slots, 1),), size, slots, dense, summary, dense)
+        state = len(plans) * policy.page_state_bytes(heads, size, element_bytes)
+        return Memory((HeadGroup(None, slots, 1),), size, slots, dense, state, dense)
     page_bytes = model.layers * size * storage.layer_part(model) * element_bytes
     groups = [
         HeadGroup(span, sum(storage.group_heads(number) for number, _ in same), len(same))
@@ -134,7 +134,7 @@ def _spans(policy: Policy, plans: Sequence[LayerPlan], model: ModelShape) -> Ite
         yield from head_spans(plan, policy, model) if policy.frees_pages else [None] * model.heads.kv_heads
 
 
-class StepMemory:
+class StepFootprint:
     """What the rows of a step hold, from their lengths alone."""
 
     def __init__(self, memory: Memory) -> None:

@@ -13,10 +13,10 @@ def register() -> None:
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from sparseserve.plugin.head_memory import manager as window_cache
+    from sparseserve.plugin.head_memory import manager
 
     register_backend(AttentionBackendEnum.CPU_ATTN, "sparseserve.plugin.backends.cpu.SparseCPUBackend")
     register_backend(AttentionBackendEnum.CUSTOM, "sparseserve.plugin.backends.cuda.SparseCUDABackend")
-    window_cache.register()
+    manager.register()
     # Python's last collection takes 2 s in each of a server's processes, which end one after the other.
     atexit.register(gc.freeze)

@@ -130,9 +130,9 @@ def cuda_problems(vllm_config: VllmConfig, policy: Policy, heads: HeadShape) -> 
     if heads.head_dim not in CUDA_HEAD_SIZES:
         allowed = f"one of {', '.join(map(str, CUDA_HEAD_SIZES))} on CUDA"
         yield Problem("head size", heads.head_dim, allowed, remedy=WITHOUT_US)
-    if heads.group > CUDA_GROUP:
+    if heads.queries_per_kv > CUDA_GROUP:
         allowed = f"at most {CUDA_GROUP} on CUDA"
-        yield Problem("query heads of a KV head", heads.group, allowed, remedy=WITHOUT_US)
+        yield Problem("query heads of a KV head", heads.queries_per_kv, allowed, remedy=WITHOUT_US)
     if (unit := policy.selection_unit) & (unit - 1):
         yield Problem(
             "tokens of a unit", unit, "a power of two on CUDA", remedy="take gates of other blocks, or another policy"

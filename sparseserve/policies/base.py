@@ -27,9 +27,9 @@ class Policy(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: ClassVar[str]
-    summary: ClassVar[str]
+    description: ClassVar[str]
     paper: ClassVar[str | None] = None
-    summary_dtype: ClassVar[torch.dtype | None] = None  # of the page summaries; the cache's without
+    page_state_dtype: ClassVar[torch.dtype | None] = None  # of the page summaries; the cache's without
 
     min_tokens: Tokens = Field(1024, description="rows of at most this many tokens take vLLM's own attention")
     per_request: bool = Field(
@@ -116,17 +116,17 @@ class Policy(BaseModel, ABC):
         first, start = plan.window.at(length)
         return float((length - (start - first).clamp(min=0)).double().mean())
 
-    def summary_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
+    def page_state_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
         """Shape of one page's summary, () for none."""
         return ()
 
-    def summary_bytes(self, heads: HeadShape, page_size: int, element_bytes: int) -> int:
+    def page_state_bytes(self, heads: HeadShape, page_size: int, element_bytes: int) -> int:
         """Bytes that the policy wants in the tail of every page; `element_bytes` is the size of a cached number."""
-        shape = self.summary_shape(heads, page_size)
-        size = element_bytes if self.summary_dtype is None else self.summary_dtype.itemsize
+        shape = self.page_state_shape(heads, page_size)
+        size = element_bytes if self.page_state_dtype is None else self.page_state_dtype.itemsize
         return size * prod(shape) if shape else 0
 
-    def summarize(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
+    def update_pages(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
         """Bring the page summaries [M, ...] of a layer up to date with tokens just written to its `kv`."""
 
     def scored_bytes(self, plan: LayerPlan, model: ModelShape, length: int, element_bytes: int) -> float:
@@ -136,7 +136,7 @@ class Policy(BaseModel, ABC):
         """
         if plan.role is not Role.SELECT:
             return 0
-        return -(-length // model.page_size) * self.summary_bytes(model.heads, model.page_size, element_bytes)
+        return -(-length // model.page_size) * self.page_state_bytes(model.heads, model.page_size, element_bytes)
 
     def prepare(self, step: Step, model: ModelShape) -> None:
         """Write the units that WINDOW layers share, from the lengths alone."""

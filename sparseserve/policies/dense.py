@@ -13,7 +13,7 @@ class Dense(Policy):
     """Attends to every token."""
 
     name: ClassVar[str] = "dense"
-    summary: ClassVar[str] = "Every token, through the project's own kernels: the control."
+    description: ClassVar[str] = "Every token, through the project's own kernels: the control."
 
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         return tuple(LayerPlan(layer, Role.DENSE, dense_output=True) for layer in range(model.layers))

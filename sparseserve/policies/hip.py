@@ -39,9 +39,9 @@ class Hip(BudgetPolicy):
     """
 
     name: ClassVar[str] = "hip"
-    summary: ClassVar[str] = "The blocks that a search in three stages finds by a few keys; most steps reuse them."
+    description: ClassVar[str] = "The blocks that a search in three stages finds by a few keys; most steps reuse them."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2502.08910"
-    summary_dtype: ClassVar[torch.dtype | None] = torch.int32
+    page_state_dtype: ClassVar[torch.dtype | None] = torch.int32
 
     budget_tokens: PositiveTokens = Field(3328, description="tokens a head attends to, sink and recent included")
     sink_tokens: Tokens = Field(256, description="first tokens, always attended to; a multiple of the last chunk")
@@ -126,7 +126,7 @@ class Hip(BudgetPolicy):
             if tokens > most:  # else all are kept unseen
                 keys += tokens / chunk * probes / period
                 tokens = most
-        return keys * key + self.summary_bytes(model.heads, model.page_size, element_bytes)
+        return keys * key + self.page_state_bytes(model.heads, model.page_size, element_bytes)
 
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         model.check_first_layers("wide_layers", self.wide_layers, default=0)
@@ -139,12 +139,12 @@ class Hip(BudgetPolicy):
         assert plan.budget is not None
         return replace(plan, budget=torch.full_like(plan.budget, self.wide_budget_tokens))
 
-    def summary_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
+    def page_state_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
         kept = sum(tokens // chunk for tokens, chunk in zip(self.stage_tokens, self.chunk_tokens, strict=False))
         words = _COUNTERS + kept + self.selection_slots(0)
         return (heads.selection_heads(self.head_scope), -(-words // _LINE) * _LINE)
 
-    def summarize(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
+    def update_pages(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
         """Forget what the pages that begin remember of the rows that had them before."""
         kept = (new.slots % kv.page_size).clamp(max=1).int()  # 0 for the first token of a page, 1 for padding
         pages = new.slots.clamp(min=0) // kv.page_size

@@ -20,7 +20,9 @@ class Moa(WindowPolicy):
     """
 
     name: ClassVar[str] = "moa"
-    summary: ClassVar[str] = "The first and the most recent tokens, as many as a plan gives each head at this length."
+    description: ClassVar[str] = (
+        "The first and the most recent tokens, as many as a plan gives each head at this length."
+    )
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2406.14909"
 
     artifact: str = Field(description="the plan: moa_alpha_beta.json as published, or what `convert` wrote")
@@ -61,5 +63,5 @@ class Moa(WindowPolicy):
 
 def _my_groups(per_query_head: Tensor, model: ModelShape) -> Tensor:
     """This rank's part of [L, Hq in all] as [L, H, G]; query head h belongs to KV head h // G."""
-    groups = per_query_head.view(model.layers, -1, model.heads.group)
+    groups = per_query_head.view(model.layers, -1, model.heads.queries_per_kv)
     return groups[:, model.my_heads(groups.shape[1])]

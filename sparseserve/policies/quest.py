@@ -26,7 +26,7 @@ class Quest(ScorePolicy):
     """
 
     name: ClassVar[str] = "quest"
-    summary: ClassVar[str] = "The units whose key summaries promise the largest scores, chosen in every layer."
+    description: ClassVar[str] = "The units whose key summaries promise the largest scores, chosen in every layer."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2406.10774"
 
     sink_tokens: Tokens = Field(16, description="first tokens, always attended to")
@@ -52,10 +52,10 @@ class Quest(ScorePolicy):
             for layer in range(model.layers)
         )
 
-    def summary_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
+    def page_state_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
         return (heads.kv_heads, page_size // self.unit_tokens, 2, heads.head_dim)
 
-    def summarize(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
+    def update_pages(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
         ops.summarize_pages(kv.key, new.slots, summary, self.bound)
 
     def select(

@@ -28,7 +28,7 @@ class Retrieval(WindowPolicy):
     """
 
     name: ClassVar[str] = "retrieval"
-    summary: ClassVar[str] = "Everything for retrieval heads, the first and the most recent tokens for all others."
+    description: ClassVar[str] = "Everything for retrieval heads, the first and the most recent tokens for all others."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.10819"
 
     artifact: str = Field(description="the head map as published, or what `convert` wrote")
@@ -101,10 +101,10 @@ class Retrieval(WindowPolicy):
             recent if self.recent_tokens is None else self.recent_tokens,
         )
 
-    def summary_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
+    def page_state_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
         return (2, heads.kv_heads, heads.head_dim) if self.compensate else ()  # means of keys and of values
 
-    def summarize(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
+    def update_pages(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
         ends = new.slots[(new.slots >= 0) & ((new.slots + 1) % kv.page_size == 0)]
         full = ends // kv.page_size
         for half, pool in enumerate((kv.key, kv.value)):
@@ -113,7 +113,7 @@ class Retrieval(WindowPolicy):
     def scored_bytes(self, plan: LayerPlan, model: ModelShape, length: int, element_bytes: int) -> int:
         if not self.compensate or plan.role is not Role.WINDOW:
             return 0
-        return -(-length // model.page_size) * self.summary_bytes(model.heads, model.page_size, element_bytes)
+        return -(-length // model.page_size) * self.page_state_bytes(model.heads, model.page_size, element_bytes)
 
     def after_attend(
         self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float, out: Tensor

@@ -25,7 +25,9 @@ class S2(Policy):
     """
 
     name: ClassVar[str] = "s2"
-    summary: ClassVar[str] = "The most recent blocks and every n-th block before them, which ones depends on the head."
+    description: ClassVar[str] = (
+        "The most recent blocks and every n-th block before them, which ones depends on the head."
+    )
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2407.17678"
 
     artifact: str | None = Field(None, description="config.json with blocksparse_* fields, or what `convert` wrote")

@@ -32,9 +32,9 @@ class Seer(ScorePolicy):
     """
 
     name: ClassVar[str] = "seer"
-    summary: ClassVar[str] = "The blocks that a trained gate expects the most attention in, chosen in every layer."
+    description: ClassVar[str] = "The blocks that a trained gate expects the most attention in, chosen in every layer."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.08889"
-    summary_dtype: ClassVar[torch.dtype | None] = torch.float32
+    page_state_dtype: ClassVar[torch.dtype | None] = torch.float32
 
     artifact: str = Field(description="the decode gates: a folder as published, or what `convert` wrote")
     budget_tokens: PositiveTokens = Field(2048, description="tokens a head attends to, the last block included")
@@ -90,7 +90,7 @@ class Seer(ScorePolicy):
         dense = max(self.dense_layers, self._gates.arguments["start_layer"])
         model.check_first_layers("dense_layers", dense, default=0)
         group = self._gates.tensors["query.0"].shape[1]
-        if group != model.heads.group:
+        if group != model.heads.queries_per_kv:
             allowed = f"at most {self._gates.kv_heads}: these gates judge the {group} query heads of a KV head at once"
             raise UnsupportedError(Problem("--tensor-parallel-size", model.ranks, allowed, remedy="use fewer ranks"))
         unrope, rope = self._rotations(model)
@@ -129,14 +129,14 @@ class Seer(ScorePolicy):
             rope=rope,
         )
 
-    def summary_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
+    def page_state_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
         return (heads.kv_heads, page_size // self.selection_unit, self._gates.arguments["gate_dim"])
 
     def scored_bytes(self, plan: LayerPlan, model: ModelShape, length: int, element_bytes: int) -> float:
         weights = 0 if plan.gate is None else 4 * plan.gate.query.numel()
         return weights + super().scored_bytes(plan, model, length, element_bytes)
 
-    def summarize(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
+    def update_pages(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
         if plan.gate is not None:
             ops.summarize_gates(kv.key, new.slots, new.positions, plan.gate, summary)
 

@@ -16,7 +16,7 @@ class Streaming(WindowPolicy):
     """Attends to the first `sink_tokens` and the last `recent_tokens`, the current token included."""
 
     name: ClassVar[str] = "streaming"
-    summary: ClassVar[str] = "The first and the most recent tokens, for every head."
+    description: ClassVar[str] = "The first and the most recent tokens, for every head."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2309.17453"
 
     sink_tokens: Tokens = Field(4, description="first tokens, always attended to")

@@ -73,7 +73,7 @@ class Tidal(ScorePolicy):
     """
 
     name: ClassVar[str] = "tidal"
-    summary: ClassVar[str] = "Two layers choose tokens by attention mass, the layers between and after reuse them."
+    description: ClassVar[str] = "Two layers choose tokens by attention mass, the layers between and after reuse them."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.05076"
 
     select_layer: Layer = Field(2, description="first selection layer, dense before it")

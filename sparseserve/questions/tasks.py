@@ -46,7 +46,7 @@ class Draft:
 class Task:
     """A kind of question."""
 
-    summary: str
+    description: str
     draft: Callable[[Random, float], Draft]  # the depth counts where the answer has one place
     placed: bool  # whether it has
     exact: bool  # right or wrong, nothing between

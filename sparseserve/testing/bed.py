@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparseserve.decode.layer import SparseLayer, decode_layer
 from sparseserve.decode.step import StepBuffers
-from sparseserve.decode.views import summaries
+from sparseserve.decode.views import page_state
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.testing import target
@@ -48,7 +48,7 @@ class Bed:
         order = torch.randperm(pool, generator=torch.Generator().manual_seed(page_order))
         self.pages = order[: per_row * len(lengths)].view(len(lengths), per_row).to(torch.int32)
         page = heads.kv_heads * page_size * 2 * heads.head_dim
-        tail = policy.summary_bytes(heads, page_size, dtype.itemsize) // dtype.itemsize
+        tail = policy.page_state_bytes(heads, page_size, dtype.itemsize) // dtype.itemsize
         memory = torch.full((model.layers, pool, page + tail), filler, dtype=dtype)
         plans = policy.plans(model)
         caches = (target.cache(layer, heads, page_size) for layer in memory)
@@ -61,7 +61,9 @@ class Bed:
             policy=self.policy,
             plan=plan,
             kv=target.views(cache),
-            summary=summaries(cache, self.policy.summary_shape(heads, self.page_size), self.policy.summary_dtype),
+            page_state=page_state(
+                cache, self.policy.page_state_shape(heads, self.page_size), self.policy.page_state_dtype
+            ),
             scale=heads.head_dim**-0.5,
         )
 
@@ -72,10 +74,10 @@ class Bed:
         offset = positions % self.page_size
         kv = self.layers[layer].kv
         kv.key[page, :, offset], kv.value[page, :, offset] = key, value
-        summary = self.layers[layer].summary
-        if summary is not None:
+        state = self.layers[layer].page_state
+        if state is not None:
             new = NewTokens(page * self.page_size + offset, positions)
-            self.policy.summarize(new, kv, summary, self.layers[layer].plan)
+            self.policy.update_pages(new, kv, state, self.layers[layer].plan)
 
     def fill(self, keys: Tensor, values: Tensor, chunk: int | None = None) -> Bed:
         """Write every row's tokens from keys and values [L, B, T, H, D], `chunk` tokens at a time."""

@@ -32,7 +32,7 @@ def rebind(worker: Any, policy: Policy, pages: Sequence[int] = ()) -> None:
 
 def roomiest(policies: Iterable[Policy], heads: HeadShape, page_size: int) -> Policy:
     """The policy whose summaries need the most room in a page of 16-bit numbers: the one to start an engine with."""
-    return max(policies, key=lambda policy: policy.summary_bytes(heads, page_size, 2))
+    return max(policies, key=lambda policy: policy.page_state_bytes(heads, page_size, 2))
 
 
 def running_pages(worker: Any) -> list[int]:
@@ -46,8 +46,8 @@ def running_pages(worker: Any) -> list[int]:
 
 def _rebuild(layer: Any, policy: Policy, pages: torch.Tensor) -> None:
     bound = layer.impl._bound(layer.kv_cache)
-    if bound.summary is None:
+    if bound.page_state is None:
         return
     size = bound.kv.page_size
     slots = (pages[:, None] * size + torch.arange(size)).flatten()
-    policy.summarize(NewTokens(slots, torch.arange(len(slots))), bound.kv, bound.summary, bound.plan)
+    policy.update_pages(NewTokens(slots, torch.arange(len(slots))), bound.kv, bound.page_state, bound.plan)

@@ -19,7 +19,7 @@ def plain_rope(positions: int, dim: int, theta: float = 10000.0) -> Tensor:
 def random_gates(model: ModelShape, block_size: int = 64, gate_dim: int = 128) -> Artifact:
     """Decode gates as published, for every layer of `model`, all ranks together."""
     generator = torch.Generator().manual_seed(0)
-    heads, group, dim = model.heads.kv_heads * model.ranks, model.heads.group, model.heads.head_dim
+    heads, group, dim = model.heads.kv_heads * model.ranks, model.heads.queries_per_kv, model.heads.head_dim
     arguments = {
         "block_size": block_size,
         "gate_dim": gate_dim,

@@ -45,8 +45,8 @@ def torch_attend(case: Case, selection: Selection) -> Tensor:
         keys, values = (row_tokens(half, pages, length, places) for half in (case.kv.key, case.kv.value))
         mixed = scaled_dot_product_attention(
             case.query[row][None, :, None],
-            keys.repeat_interleave(case.shape.group, 0)[None],
-            values.repeat_interleave(case.shape.group, 0)[None],
+            keys.repeat_interleave(case.shape.queries_per_kv, 0)[None],
+            values.repeat_interleave(case.shape.queries_per_kv, 0)[None],
             attn_mask=chosen[None, :, None],
             scale=case.scale,
         )

@@ -46,7 +46,7 @@ def fitting(shape: HeadShape, dtype: torch.dtype) -> tuple[HeadShape, torch.dtyp
     if layout() is Layout.CPU:
         return shape, dtype
     head_dim = _LARGER.get(shape.head_dim, shape.head_dim)
-    return HeadShape(shape.kv_heads, shape.group, head_dim), torch.float16 if dtype is torch.float32 else dtype
+    return HeadShape(shape.kv_heads, shape.queries_per_kv, head_dim), torch.float16 if dtype is torch.float32 else dtype
 
 
 def cache(memory: Tensor, heads: HeadShape, page_size: int) -> Tensor:

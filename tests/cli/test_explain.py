@@ -27,7 +27,7 @@ def explained(model: str, *flags: str) -> Any:
 def test_every_role_and_length_is_told(models: dict[str, str]) -> None:
     told = explained(models["llama"], "--policy", "quest", "--lengths", "4096,8192", "--block-size", "64")
     assert (told["page_tokens"], told["kv_bytes_per_token"]) == (64, 6 * 2 * 2 * 64 * 2)
-    assert told["summary_bytes_per_page"] == 6 * 2 * 2 * (2 * 64 * 2)  # layers, heads, units, two bf16 vectors
+    assert told["page_state_bytes_per_page"] == 6 * 2 * 2 * (2 * 64 * 2)  # layers, heads, units, two bf16 vectors
     assert [step["length"] for step in told["steps"]] == [4096, 8192]
     long = told["steps"][1]
     assert [(role["role"], role["layers"], role["tokens"]) for role in long["roles"]] == [

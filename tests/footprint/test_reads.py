@@ -9,7 +9,9 @@ from sparseserve.model import ModelShape
 from sparseserve.policies import Dense, Hip, Policy, Quest, Streaming, Tidal
 from sparseserve.types import HeadShape, Role, Scope
 
-MODEL = ModelShape("m", layers=6, heads=HeadShape(kv_heads=4, group=2, head_dim=64), max_len=65536, page_size=128)
+MODEL = ModelShape(
+    "m", layers=6, heads=HeadShape(kv_heads=4, queries_per_kv=2, head_dim=64), max_len=65536, page_size=128
+)
 KEY = 4 * 64 * 2  # bytes of a token's bf16 keys in one layer
 LENGTH = 32768
 
@@ -69,5 +71,5 @@ def test_hip_reads_the_keys_it_probes_and_one_state() -> None:
         65536: (65536 - 256 - 768) / 256 * 18 / 32 + 32768 / 32 * 12 / 16 + 8192 / 8 * 8 / 8,
     }.items():
         (select,) = cost(policy, length).roles
-        assert select.scored_bytes == 6 * (keys * KEY + policy.summary_bytes(MODEL.heads, MODEL.page_size, 2))
+        assert select.scored_bytes == 6 * (keys * KEY + policy.page_state_bytes(MODEL.heads, MODEL.page_size, 2))
         assert select.kv_bytes == 6 * 3328 * 2 * KEY

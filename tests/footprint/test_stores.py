@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from sparseserve.footprint.groups import Span
-from sparseserve.footprint.stores import HeadGroup, Memory, StepMemory, needed_bytes, predict_memory
+from sparseserve.footprint.stores import HeadGroup, Memory, StepFootprint, needed_bytes, predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.policies import Dense, Moa, Policy, Quest, Retrieval, Streaming
 from sparseserve.testing.plans import write_head_map, write_moa_plan
 from sparseserve.types import HeadShape
 
 P, LENGTH = 128, 32768
-MODEL = ModelShape("m", layers=6, heads=HeadShape(kv_heads=4, group=2, head_dim=64), max_len=LENGTH, page_size=P)
+MODEL = ModelShape(
+    "m", layers=6, heads=HeadShape(kv_heads=4, queries_per_kv=2, head_dim=64), max_len=LENGTH, page_size=P
+)
 SLOT = P * 2 * 64 * 2  # bytes of a page's tokens of one KV head
 DENSE = 24 * SLOT
 
@@ -43,7 +45,7 @@ def memory(policy: Policy) -> Memory:
 
 def test_streaming_stores_its_sink_and_its_window(policy: Callable[[str], Policy]) -> None:
     row = memory(policy("streaming")).row(LENGTH)
-    assert (row.full, row.window, row.summaries) == (0, 9 * DENSE, 0)  # a page of the sink, 1020 tokens in 8 more
+    assert (row.full, row.window, row.page_state) == (0, 9 * DENSE, 0)  # a page of the sink, 1020 tokens in 8 more
     assert row.dense == 256 * DENSE and row.ratio == pytest.approx(256 / 9)
 
 
@@ -91,7 +93,7 @@ SPANS = [Span(4, 300.0, 0.0), Span(40, 100.0, 0.2, 64), Span(0, 33.5, 0.6, 10, 7
 TABLES = 2, 1, 3, 1
 PAGE = 32
 GROUPS = HeadGroup(None, 8, 1), *(HeadGroup(span, 8, tables) for span, tables in zip(SPANS, TABLES, strict=True))
-STEPS = StepMemory(Memory(GROUPS, PAGE, slots=8, page_bytes=1, summary_bytes=0, dense_bytes=1))
+STEPS = StepFootprint(Memory(GROUPS, PAGE, slots=8, page_bytes=1, page_state_bytes=0, dense_bytes=1))
 
 
 def test_many_rows_at_once_free_what_each_does() -> None:

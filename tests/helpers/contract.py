@@ -26,7 +26,7 @@ HEADS = head_map([[1, 1], [1, 0], [0, 0], [0, 1], [0.4, 0.6]])
 MODEL = ModelShape(
     name="bed",
     layers=5,
-    heads=HeadShape(kv_heads=2, group=2, head_dim=64),
+    heads=HeadShape(kv_heads=2, queries_per_kv=2, head_dim=64),
     max_len=448,
     page_size=64,
     rope=partial(plain_rope, 448),

@@ -24,7 +24,7 @@ from sparseserve.testing import target
 from sparseserve.testing.target import Layout
 from sparseserve.types import HeadShape
 
-SMALL = HeadShape(kv_heads=2, group=2, head_dim=64)
+SMALL = HeadShape(kv_heads=2, queries_per_kv=2, head_dim=64)
 MILLISECOND = 1e-3
 
 

@@ -17,7 +17,7 @@ from sparseserve.types import HeadShape
 MODEL = ModelShape(
     name="orders",
     layers=3,
-    heads=HeadShape(kv_heads=2, group=4, head_dim=64),
+    heads=HeadShape(kv_heads=2, queries_per_kv=4, head_dim=64),
     max_len=700,
     page_size=64,
     rope=lambda dim: plain_rope(700, dim),
@@ -56,7 +56,7 @@ def run(policy: Policy, order: str) -> tuple[Outcome, list[torch.Tensor]]:
     shape = (2, MODEL.layers, rows, MODEL.max_len, heads.kv_heads, heads.head_dim)
     key, value = torch.randn(shape, generator=random).bfloat16()
     bed = Bed(policy, MODEL, LENGTHS).fill(key, value)
-    return bed.decode(query * 2), [layer.summary for layer in bed.layers if layer.summary is not None]
+    return bed.decode(query * 2), [layer.page_state for layer in bed.layers if layer.page_state is not None]
 
 
 @pytest.mark.parametrize("name", POLICIES)

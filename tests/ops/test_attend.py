@@ -32,7 +32,7 @@ LENGTHS = [0, 1, 31, 96, 417]
 
 
 def make(point: dict[str, Any], seed: int = 0) -> tuple[Case, Selection]:
-    shape = HeadShape(kv_heads=2, group=point["group"], head_dim=point["head_dim"])
+    shape = HeadShape(kv_heads=2, queries_per_kv=point["group"], head_dim=point["head_dim"])
     case = paged_kv(LENGTHS, shape, point["page_size"], point["dtype"], seed)
     unit = min(point["unit"], 32) if point["page_size"] == 96 else min(point["unit"], point["page_size"])
     return case, random_selection(case, shape.selection_heads(point["scope"]), unit, seed)
@@ -76,7 +76,7 @@ def test_unselected_tokens_have_no_influence(point: dict[str, Any], poison: floa
     for row, length in enumerate(LENGTHS):
         unused = ~reference.attended_tokens(selection, row, length)
         heads = unused.repeat_interleave(case.shape.query_heads // len(unused), 0)  # [Hq, length]
-        nobody = heads.view(case.shape.kv_heads, case.shape.group, length).all(1)  # [H, length]
+        nobody = heads.view(case.shape.kv_heads, case.shape.queries_per_kv, length).all(1)  # [H, length]
         for head, token in nobody.nonzero().tolist():
             page = case.pages[row, token // case.kv.page_size]
             for half in (case.kv.key, case.kv.value):
@@ -93,7 +93,7 @@ def test_a_number_that_is_none_is_not_hidden(point: dict[str, Any], isa: str) ->
     clean, last = run(case, everything), len(LENGTHS) - 1
     case.kv.key[case.pages[last, 0], 0, 5] = torch.nan
     out, lse, _ = run(case, everything)
-    mine = slice(0, case.shape.group)
+    mine = slice(0, case.shape.queries_per_kv)
     assert out[last, mine].isnan().all() and lse[last, mine].isnan().all()
     assert torch.equal(out[:last], clean[0][:last]) and torch.equal(lse[:last], clean[1][:last])
 
@@ -125,7 +125,7 @@ def test_threads_and_repetition_change_nothing(isa: str) -> None:
 
 
 def test_physical_pages_change_nothing(isa: str) -> None:
-    shape = HeadShape(kv_heads=2, group=4, head_dim=64)
+    shape = HeadShape(kv_heads=2, queries_per_kv=4, head_dim=64)
     results = []
     for order in (0, 1):
         case = paged_kv(LENGTHS, shape, 64, torch.bfloat16, page_order=order)
@@ -135,7 +135,7 @@ def test_physical_pages_change_nothing(isa: str) -> None:
 
 
 def test_long_rows_are_cut_and_merged(isa: str) -> None:
-    shape = HeadShape(kv_heads=1, group=2, head_dim=64)
+    shape = HeadShape(kv_heads=1, queries_per_kv=2, head_dim=64)
     case = paged_kv([5000, 300], shape, 128, torch.float32)
     selection = Selection.empty(2, 1, 1, 32)
     selection.spans[:] = case.seq_lens[:, None, None]
@@ -150,7 +150,7 @@ def test_long_rows_are_cut_and_merged(isa: str) -> None:
 
 def test_rows_that_select_nothing_read_nothing(isa: str) -> None:
     """Without slots, under one head for all; a row of everything stays as it is beside them."""
-    lengths, shape = [417, 0, 96, 5000], HeadShape(kv_heads=2, group=3, head_dim=64)
+    lengths, shape = [417, 0, 96, 5000], HeadShape(kv_heads=2, queries_per_kv=3, head_dim=64)
     case = paged_kv(lengths, shape, 64, torch.bfloat16)
     everything, some = (Selection.empty(len(lengths), 1, 0, 16) for _ in range(2))
     everything.spans[:] = case.seq_lens[:, None, None]

@@ -95,7 +95,7 @@ def test_unselected_tokens_slots_and_pages_have_no_influence(scope: Scope, poiso
     for row, length in enumerate(LENGTHS):
         chosen = reference.attended_tokens(selection, row, length)
         heads = chosen.repeat_interleave(case.shape.query_heads // len(chosen), 0)  # [Hq, length]
-        somebody = heads.view(KV_HEADS, case.shape.group, length).any(1)  # [H, length]
+        somebody = heads.view(KV_HEADS, case.shape.queries_per_kv, length).any(1)  # [H, length]
         for (table, slot), mine in zip(case.kv.places.tolist(), somebody, strict=True):
             token = torch.arange(length)
             page = token // 32

@@ -17,7 +17,7 @@ LENGTHS = [0, 1, 65, 700]
 
 def make(point: dict[str, Any]) -> tuple[Case, torch.Tensor]:
     """A case and its summaries; incomplete units hold NaN."""
-    shape = HeadShape(kv_heads=2, group=point["group"], head_dim=point["head_dim"])
+    shape = HeadShape(kv_heads=2, queries_per_kv=point["group"], head_dim=point["head_dim"])
     case = paged_kv(LENGTHS, shape, point["page_size"], point["dtype"])
     page_size, unit, head_dim = point["page_size"], point["unit"], case.shape.head_dim
     wide = 2 * page_size // unit * 2 * head_dim + 48

@@ -18,7 +18,7 @@ UNTOUCHED = -7.0
 
 def make(point: dict[str, Any]) -> tuple[Case, torch.Tensor, int]:
     """A case, its dense lse and the number of selection heads."""
-    shape = HeadShape(kv_heads=2, group=point["group"], head_dim=point["head_dim"])
+    shape = HeadShape(kv_heads=2, queries_per_kv=point["group"], head_dim=point["head_dim"])
     case = paged_kv(LENGTHS, shape, point["page_size"], point["dtype"])
     lse = torch.zeros(len(LENGTHS), shape.query_heads)
     for row, length in enumerate(LENGTHS):

@@ -19,7 +19,7 @@ from sparseserve.types import HeadShape, Scope, Selection, Wanted
 GRID = sample_grid(12, dtype=DTYPES, head_dim=HEAD_DIMS, group=GROUPS, page_size=[32, 96, 128],
                    scope=list(Scope))  # fmt: skip
 LENGTHS = [0, 1, 200, 201, 451, 1000]
-SHAPE = HeadShape(kv_heads=2, group=2, head_dim=32)
+SHAPE = HeadShape(kv_heads=2, queries_per_kv=2, head_dim=32)
 BOTH = pytest.mark.parametrize("function", [ops.search_blocks, reference.search_blocks], ids=["kernel", "reference"])
 
 
@@ -103,7 +103,7 @@ def assert_same(one: Selection, other: Selection) -> None:
 
 @pytest.mark.parametrize("point", GRID, ids=lambda point: "-".join(map(str, point.values())))
 def test_equals_reference(point: dict[str, Any], isa: str) -> None:
-    shape = HeadShape(kv_heads=2, group=point["group"], head_dim=point["head_dim"])
+    shape = HeadShape(kv_heads=2, queries_per_kv=point["group"], head_dim=point["head_dim"])
     steps = 9
     case = whole_numbers([length + steps for length in LENGTHS], shape, point["page_size"], point["dtype"])
     heads = shape.selection_heads(point["scope"])
@@ -200,7 +200,7 @@ def test_keys_that_are_not_probed_have_no_influence(heads: int, isa: str) -> Non
     dots = logits(case.query[0], row_tokens(case.kv.key, case.pages[0], length), 1.0).tolist()
     unread = torch.ones(SHAPE.kv_heads, length, dtype=torch.bool)
     for head in range(SHAPE.query_heads):
-        kv_head = head // SHAPE.group
+        kv_head = head // SHAPE.queries_per_kv
         memory = clean.state[case.pages[0, (length - 1) // 64], kv_head if heads > 1 else 0]
         kept = memory[4:].split(rules.lists)
         parents = [range(rules.sink, rules.limit(length), 64), *(kept[i][: memory[1 + i]].tolist() for i in (0, 1))]

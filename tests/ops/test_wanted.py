@@ -15,7 +15,7 @@ from sparseserve.testing.gates import plain_rope
 from sparseserve.types import Bound, Gate, HeadShape, Selection, Wanted
 
 pytestmark = pytest.mark.usefixtures("device")
-SHAPE = HeadShape(kv_heads=2, group=3, head_dim=64)
+SHAPE = HeadShape(kv_heads=2, queries_per_kv=3, head_dim=64)
 LENGTHS, PAGE = [0, 1, 130, 1500, 333, 1408], 128  # 1408 tokens end a page, a unit and a block of the kernels
 
 
@@ -44,7 +44,7 @@ def pages(case: Case, unit: int) -> Scored:
 
 def gates(case: Case, unit: int) -> Scored:
     random = torch.Generator().manual_seed(0)
-    query = torch.randn(2, SHAPE.group, SHAPE.head_dim, 32, generator=random)
+    query = torch.randn(2, SHAPE.queries_per_kv, SHAPE.head_dim, 32, generator=random)
     gate = Gate(query, query, None, None, unrope=plain_rope(1536, SHAPE.head_dim), rope=None)
     summary = torch.randn(len(case.kv.key), 2, PAGE // unit, 32, generator=random)
     arguments = case.query, summary, case.pages, case.seq_lens, unit, gate

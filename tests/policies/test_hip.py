@@ -21,7 +21,9 @@ SMALL: dict[str, Any] = {
     "chunk_tokens": (32, 16, 8),
     "stage_tokens": (256, 128),
 }
-MODEL = ModelShape("bed", layers=2, heads=HeadShape(kv_heads=2, group=2, head_dim=32), max_len=512, page_size=64)
+MODEL = ModelShape(
+    "bed", layers=2, heads=HeadShape(kv_heads=2, queries_per_kv=2, head_dim=32), max_len=512, page_size=64
+)
 LENGTH = 400  # 16 tokens into a page
 
 
@@ -95,19 +97,19 @@ def test_a_reissued_page_forgets_its_search() -> None:
 def test_only_pages_that_begin_forget() -> None:
     policy, heads = Hip(**SMALL), MODEL.heads
     kv = Bed(policy, MODEL, [1]).layers[0].kv
-    summary = torch.ones(6, *policy.summary_shape(heads, 64), dtype=torch.int32)
+    summary = torch.ones(6, *policy.page_state_shape(heads, 64), dtype=torch.int32)
     slots = torch.tensor([2 * 64, 3 * 64 + 1, -1, 5 * 64])
-    policy.summarize(NewTokens(slots, torch.arange(4)), kv, summary, policy.plans(MODEL)[0])
+    policy.update_pages(NewTokens(slots, torch.arange(4)), kv, summary, policy.plans(MODEL)[0])
     assert (summary[:, 0, 0] == 0).nonzero().flatten().tolist() == [2, 5]
 
 
 @pytest.mark.parametrize(("scope", "heads"), [("all_heads", 1), ("kv_head", 4)])
 def test_the_state_of_a_page_is_a_few_percent_of_it(scope: Any, heads: int) -> None:
-    policy, shape = Hip(scope=scope), HeadShape(kv_heads=4, group=2, head_dim=64)
+    policy, shape = Hip(scope=scope), HeadShape(kv_heads=4, queries_per_kv=2, head_dim=64)
     assert policy.head_scope is Scope(scope)
     page = 2 * 2 * 128 * shape.kv_heads * shape.head_dim  # bytes in bf16
-    assert 0.02 * heads < policy.summary_bytes(shape, 128, 2) / page < 0.03 * heads
-    assert policy.summary_bytes(shape, 128, 2) % 64 == 0
+    assert 0.02 * heads < policy.page_state_bytes(shape, 128, 2) / page < 0.03 * heads
+    assert policy.page_state_bytes(shape, 128, 2) % 64 == 0
 
 
 def test_lists_come_from_flags_and_travel() -> None:

@@ -88,7 +88,7 @@ def test_a_kv_head_spans_what_the_longest_of_its_query_heads_does() -> None:
     assert all((alone[i] > together).any() for i in range(len(lines)))
 
 
-MODEL = ModelShape("bed", 2, HeadShape(kv_heads=2, group=2, head_dim=32), max_len=768, page_size=PAGE)
+MODEL = ModelShape("bed", 2, HeadShape(kv_heads=2, queries_per_kv=2, head_dim=32), max_len=768, page_size=PAGE)
 ALPHA = [[-64, 0, 128, 200], [0, 300, 0, 0]]
 BETA = [[0.5, 0.375, 0, 0.125], [0.25, 0, 1, 0]]
 
@@ -112,7 +112,7 @@ def test_a_ragged_batch_attends_to_just_these_tokens() -> None:
 
 def test_ranks_take_their_own_heads() -> None:
     policy = Moa(artifact=moa_plan([[*range(0, 800, 100)]], [[0.5] * 8]))
-    half = HeadShape(kv_heads=2, group=2, head_dim=32)
+    half = HeadShape(kv_heads=2, queries_per_kv=2, head_dim=32)
     for rank, first in enumerate((0, 400)):
         (plan,) = policy.plans(ModelShape("m", 1, half, 8192, PAGE, rank=rank, ranks=2))
         assert plan.role is Role.WINDOW and plan.window is not None
@@ -122,7 +122,7 @@ def test_ranks_take_their_own_heads() -> None:
 @pytest.mark.parametrize(("length", "density"), [(8192, 0.659), (32768, 0.620)])
 def test_a_published_plan_reads_what_its_density_says(published: Path, length: int, density: float) -> None:
     file = published / "moa" / "meta-llama--Llama-3.2-1B-Instruct" / "moa_alpha_beta.json"
-    model = ModelShape("Llama-3.2-1B", 16, HeadShape(kv_heads=8, group=4, head_dim=64), 131072, page_size=64)
+    model = ModelShape("Llama-3.2-1B", 16, HeadShape(kv_heads=8, queries_per_kv=4, head_dim=64), 131072, page_size=64)
     policy = Moa(artifact=str(file))
     read = sum(policy.expected_tokens(plan, length) for plan in policy.plans(model)) / 16 / length
     tensors = load(file).tensors

@@ -20,7 +20,7 @@ from sparseserve.types import HeadShape, Role
 from tests.helpers.artifact_files import head_map, moa_plan
 
 SINK, RECENT, PAGE = 8, 40, 64
-MODEL = ModelShape("bed", 3, HeadShape(kv_heads=2, group=2, head_dim=32), max_len=448, page_size=PAGE)
+MODEL = ModelShape("bed", 3, HeadShape(kv_heads=2, queries_per_kv=2, head_dim=32), max_len=448, page_size=PAGE)
 COMPENSATE: dict[str, Any] = {"compensate": True, "kv_memory": "shared"}
 LENGTHS = [448, 47, 48, 49, 300, 0, 1, 129]  # around sink + recent
 MIXED, SWAPPED = [[1, 1], [1, 0], [0, 0]], [[0, 0], [0, 1], [1, 1]]
@@ -126,7 +126,7 @@ def test_sink_and_recent_tokens_are_the_artifacts(
 
 def test_ranks_take_their_own_heads() -> None:
     policy = Retrieval(artifact=head_map([[1, 0, 1, 1], [0, 0, 0, 1]]))
-    half = HeadShape(kv_heads=2, group=2, head_dim=32)
+    half = HeadShape(kv_heads=2, queries_per_kv=2, head_dim=32)
     plans = [policy.plans(ModelShape("m", 2, half, 8192, PAGE, rank=rank, ranks=2)) for rank in range(2)]
     assert [[plan.role for plan in rank] for rank in plans] == [[Role.WINDOW] * 2, [Role.DENSE, Role.WINDOW]]
     assert plans[1][1].window is not None and plans[1][1].window.beta.flatten().tolist() == [0, 1]

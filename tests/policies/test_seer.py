@@ -63,7 +63,7 @@ def shares(bed: Bed, layer: int, row: int, query: Tensor, gate: Gate) -> Tensor:
     length = bed.lengths[row]
     pages, seq_lens = bed.pages[row : row + 1], torch.tensor([length], dtype=torch.int32)
     scores = torch.zeros(1, bed.model.heads.kv_heads, -(-length // 64), dtype=torch.float64)
-    summary = bed.layers[layer].summary
+    summary = bed.layers[layer].page_state
     assert summary is not None
     reference.score_gates(query[layer, row][None], summary, pages, seq_lens, 64, gate, scores, dtype=torch.float64)
     result = scores[0].exp()
@@ -136,7 +136,7 @@ def test_the_published_shape() -> None:
     """Heads of Qwen3-4B, one layer."""
     model = shape(heads=8, group=4, dim=128, layers=1)
     policy = Seer(artifact=saved(random_gates(model)), budget_tokens=256)
-    assert policy.summary_shape(model.heads, 128) == (8, 2, 128)
+    assert policy.page_state_shape(model.heads, 128) == (8, 2, 128)
     _, outcome = decode(policy, model, [700])
     assert (outcome.attended[0] <= 256).all() and (outcome.attended[0] > 192).all()
 
@@ -213,7 +213,8 @@ def test_dense_layers(asked: int, trained: int, dense: int) -> None:
 
 
 # Twice as many ranks as KV heads: vLLM gives each a copy of a KV head, and half of its query heads.
-REPLICATED = replace(MODEL, heads=replace(MODEL.heads, kv_heads=1, group=MODEL.heads.group // 2), ranks=4)
+HALF_A_GROUP = replace(MODEL.heads, kv_heads=1, queries_per_kv=MODEL.heads.queries_per_kv // 2)
+REPLICATED = replace(MODEL, heads=HALF_A_GROUP, ranks=4)
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,7 @@ def bench_search_blocks(requests: Requests, rounds: int) -> list[Result]:
     plan = policy.plans(ModelShape("bench", 8, requests.shape, requests.context, PAGE))[-1]
     rules = {name: getattr(policy, name) for name in ("chunk_tokens", "stage_tokens", "refresh_steps")}
     limits = plan.sink, plan.recent, plan.budget
-    state = torch.zeros(len(requests.cache), *policy.summary_shape(requests.shape, PAGE), dtype=torch.int32)
+    state = torch.zeros(len(requests.cache), *policy.page_state_shape(requests.shape, PAGE), dtype=torch.int32)
     selection, expected = (Selection.empty(1, 1, policy.selection_slots(0), 8) for _ in range(2))
 
     def call(i: int, op: Callable[..., None] = ops.search_blocks, to: Selection = selection) -> None:

@@ -62,7 +62,7 @@ def results(requests: Requests, calls: dict[str, Call], touched: int, rounds: in
         Result(
             op=name,
             context=requests.context,
-            group=shape.group,
+            group=shape.queries_per_kv,
             head_dim=shape.head_dim,
             microseconds=median(times) * 1e6,
             best_microseconds=min(times) * 1e6,

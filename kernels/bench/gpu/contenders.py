@@ -142,7 +142,7 @@ def seer_scores(layers: Layers) -> Scores:
         return reference.score_gates(case.query, summary, case.pages, case.seq_lens, unit, mine, dtype=dtype)
 
     moved = byte_model.score_gates(layers.heads, layers.point.batch, layers.point.context // unit)
-    terms = (layers.heads.group + 1) * layers.heads.head_dim
+    terms = (layers.heads.queries_per_kv + 1) * layers.heads.head_dim
     return Scores(SEER, moved, score, exact, terms)
 
 
@@ -165,7 +165,7 @@ def tidal_scores(layers: Layers) -> Scores:
     moved = byte_model.score_tokens(layers.heads, layers.point.batch, layers.point.context)
     dim = layers.heads.head_dim
     # exp turns the absolute error of a logit, about |q||k| scale, into a relative one
-    return Scores(TIDAL, moved, score, exact, dim + layers.heads.group, magnitude=2 * layers.scale * dim)
+    return Scores(TIDAL, moved, score, exact, dim + layers.heads.queries_per_kv, magnitude=2 * layers.scale * dim)
 
 
 def select(layers: Layers, of: Scores) -> Contender:

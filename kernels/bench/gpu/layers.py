@@ -14,7 +14,7 @@ from sparseserve.testing.cases import Case
 from sparseserve.types import Gate, HeadShape, PagedKV, Selection
 
 DTYPE = torch.bfloat16
-LLAMA_8B = HeadShape(kv_heads=8, group=4, head_dim=128)
+LLAMA_8B = HeadShape(kv_heads=8, queries_per_kv=4, head_dim=128)
 UNCACHED = 4  # what the layers of a graph read is at least this many times the L2
 
 
@@ -82,8 +82,8 @@ class Layers:
         self.caches = self.memory.as_strided(
             (self.count, self.pool, kv_heads, size, row), (self.pool * page, page, head, token, 1)
         )
-        self.summaries = self.memory[..., keys_and_values:gates_at].unflatten(-1, (kv_heads, self.quest_units, 2, dim))
-        self.summaries[..., 1, :].abs_()  # standard deviations
+        self.page_state = self.memory[..., keys_and_values:gates_at].unflatten(-1, (kv_heads, self.quest_units, 2, dim))
+        self.page_state[..., 1, :].abs_()  # standard deviations
         gate_keys = self.memory[..., gates_at:].view(torch.float32)
         self.gate_keys = gate_keys.unflatten(-1, (kv_heads, self.seer_units, dim)).normal_()
 
@@ -103,7 +103,7 @@ class Layers:
     @cached_property
     def gates(self) -> list[Gate]:
         """Gates of all layers; they share the rotation of Llama 3."""
-        heads, group, dim = self.heads.kv_heads, self.heads.group, self.heads.head_dim
+        heads, group, dim = self.heads.kv_heads, self.heads.queries_per_kv, self.heads.head_dim
         frequency = 5e5 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angle = torch.arange(self.point.context)[:, None] * frequency
         rope = torch.cat([angle.cos(), angle.sin()], 1).float().to(self.device)
@@ -138,7 +138,7 @@ class Layers:
 
     def sample(self, layer: int) -> Case:
         """The sampled row and KV head of a layer, on the CPU."""
-        pages, group = self.pages[self.row].long(), self.heads.group
+        pages, group = self.pages[self.row].long(), self.heads.queries_per_kv
         kv = self.kv(layer)
         halves = (half[pages, self.head][:, None].cpu() for half in (kv.key, kv.value))
         return Case(
@@ -151,7 +151,7 @@ class Layers:
 
     def sampled_queries(self, x: Tensor) -> Tensor:
         """Of x [B, Hq, ...] what belongs to the sample, [1, G, ...], on the CPU."""
-        return x[self.row, self.head * self.heads.group :][: self.heads.group][None].cpu()
+        return x[self.row, self.head * self.heads.queries_per_kv :][: self.heads.queries_per_kv][None].cpu()
 
     def sampled_heads(self, x: Tensor) -> Tensor:
         """Of x [B, Hs, ...] what belongs to the sample, [1, 1, ...], on the CPU."""

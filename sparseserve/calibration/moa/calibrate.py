@@ -74,7 +74,7 @@ class Plan:
         """The plan as the policy loads it: alpha and beta of every query head."""
         heads = subject.shape.heads
         lines = {"alpha": self.alpha, "beta": self.beta}
-        tensors = {name: line.repeat_interleave(heads.group, 1) for name, line in lines.items()}
+        tensors = {name: line.repeat_interleave(heads.queries_per_kv, 1) for name, line in lines.items()}
         layers, count = tensors["alpha"].shape
         source = f"MoA plan, {layers} layers x {count} query heads, calibrated"
         return Artifact("moa", tensors, dict(RUNTIME), layers, count, source).resolve(subject.shape)

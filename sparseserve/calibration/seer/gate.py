@@ -19,7 +19,7 @@ class Gates(nn.Module):
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
         dim = heads.head_dim
-        self.query = _drawn(draw, layers, heads.kv_heads, heads.group, dim, gate_dim)
+        self.query = _drawn(draw, layers, heads.kv_heads, heads.queries_per_kv, dim, gate_dim)
         self.key = _drawn(draw, layers, heads.kv_heads, 3 * dim, gate_dim)
         self.query_norm = nn.Parameter(torch.ones(layers, gate_dim)) if qk_norm else None
         self.key_norm = nn.Parameter(torch.ones(layers, gate_dim)) if qk_norm else None

@@ -32,7 +32,7 @@ from sparseserve.errors import UnsupportedError
 from sparseserve.plugin.backends.builder import Batch, SparseBuilder, check_worker
 from sparseserve.plugin.backends.layers import SparseBackend, SparseImpl, bind_layers, extended
 from sparseserve.plugin.backends.rows import decode_rows, real_rows, rows_from
-from sparseserve.plugin.backends.workspace import step_memory
+from sparseserve.plugin.backends.workspace import step_workspace
 from sparseserve.plugin.head_memory.attention import GroupedStep, GroupedSteps
 from sparseserve.plugin.settings import (
     CUDA_HEAD_SIZES,
@@ -134,7 +134,7 @@ class SparseCUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
         rows = config.scheduler_config.max_num_seqs
         self.follow(policy)
         self._model = model
-        memory = step_memory(config, policy, heads, self.device)
+        memory = step_workspace(config, policy, heads, self.device)
         self._buffers = StepBuffers(policy, plans, heads, rows, model.max_len, self.device, memory)
         mine = [plans[extract_layer_index(name)] for name in layers]
         runner = "V2" if config.use_v2_model_runner else "V1"
@@ -252,7 +252,7 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
             self._write_groups(key, value, kv_cache, slot_mapping)
             return
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self._policy is None or not self._summary_shape:
+        if self._policy is None or not self._page_state_shape:
             return
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # vLLM warms up, without a token to keep
@@ -260,8 +260,8 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
         positions = metadata[layer.layer_name].positions
         tokens = min(positions.shape[0], slot_mapping.shape[0])  # either may go on with padding
         bound = self._bound(kv_cache)
-        self._policy.summarize(
-            NewTokens(slot_mapping[:tokens], positions[:tokens]), bound.kv, bound.summary, bound.plan
+        self._policy.update_pages(
+            NewTokens(slot_mapping[:tokens], positions[:tokens]), bound.kv, bound.page_state, bound.plan
         )
 
     def forward(
@@ -279,7 +279,7 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
         if attn_metadata is None and self.backend.policy is not None:
             # vLLM measures how much memory it must leave beside the KV cache.
             heads = HeadShape(self.num_kv_heads, self.num_heads // self.num_kv_heads, self.head_size)
-            step_memory(self._config, self.backend.policy, heads, query.device)
+            step_workspace(self._config, self.backend.policy, heads, query.device)
         if isinstance(attn_metadata, GroupedStep):
             return self._forward_groups(layer, query, kv_cache, attn_metadata, output)
         step = getattr(attn_metadata, "step", None)

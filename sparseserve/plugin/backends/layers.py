@@ -18,12 +18,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from sparseserve import ops
 from sparseserve.decode.layer import SparseLayer, decode_layer
-from sparseserve.decode.views import summaries
+from sparseserve.decode.views import page_state
 from sparseserve.errors import UnsupportedError
 from sparseserve.footprint.groups import store_heads
 from sparseserve.footprint.stores import Memory, memory_of
 from sparseserve.model import ModelShape
-from sparseserve.plugin.backends.spec import with_summaries
+from sparseserve.plugin.backends.spec import with_page_state
 from sparseserve.plugin.head_memory.attention import GroupedHeads, GroupedStep
 from sparseserve.plugin.head_memory.pool import HeadGroups
 from sparseserve.plugin.settings import check_attention, group_problems, head_shape, model_shape, policy_of
@@ -44,7 +44,7 @@ class SparseBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         if cls.groups is not None:
             return cls.groups.layers_spec(spec)
-        return spec if cls.policy is None else with_summaries(spec, cls.policy)
+        return spec if cls.policy is None else with_page_state(spec, cls.policy)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -79,7 +79,7 @@ class SparseImpl:
         self,
         policy: Policy,
         plan: LayerPlan,
-        summary_shape: tuple[int, ...],
+        page_state_shape: tuple[int, ...],
         meter: Meter | None,
         heads: GroupedHeads | None,
     ) -> None:
@@ -87,7 +87,7 @@ class SparseImpl:
 
         `meter` is the one to report a finished step to, for the last layer only.
         """
-        self._policy, self._plan, self._summary_shape, self._meter = policy, plan, summary_shape, meter
+        self._policy, self._plan, self._page_state_shape, self._meter = policy, plan, page_state_shape, meter
         self._heads, self._layer = heads, None
 
     def unbind(self) -> None:
@@ -98,10 +98,10 @@ class SparseImpl:
         if self._layer is None or self._cache != kv_cache.data_ptr():
             self._cache = kv_cache.data_ptr()
             pages = kv_cache if self._heads is None else self._heads.groups.pages
-            summary = summaries(pages, self._summary_shape, self._policy.summary_dtype)
+            state = page_state(pages, self._page_state_shape, self._policy.page_state_dtype)
             places = None if self._heads is None else self._heads.places
             kv = replace(self.views(pages), places=places)
-            self._layer = SparseLayer(self._policy, self._plan, kv, summary, self.scale)
+            self._layer = SparseLayer(self._policy, self._plan, kv, state, self.scale)
         return self._layer
 
     def _write_groups(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -167,11 +167,11 @@ def bind_layers(
     memory = memory_of(policy, plans, model, spec.dtype.itemsize, groups and groups.storage)
     meter.set_memory(memory, model.max_len)
     _log_capacity(memory, config.cache_config.num_gpu_blocks, model.max_len)
-    summary_shape = policy.summary_shape(model.heads, spec.block_size)
+    page_state_shape = policy.page_state_shape(model.heads, spec.block_size)
     for (name, layer), plan in zip(layers.items(), plans, strict=True):
         check_attention(name, layer.impl)
         heads = GroupedHeads(groups, plan.layer, scratch) if groups else None
-        layer.impl.bind(policy, plan, summary_shape, meter if plan is plans[-1] else None, heads)
+        layer.impl.bind(policy, plan, page_state_shape, meter if plan is plans[-1] else None, heads)
     return groups
 
 

@@ -117,9 +117,9 @@ class GroupedHeads:
         self.places = storage.places[layer].to(device)
         full = storage.heads(layer, 0) if storage.spans[0] is None else []
         windowed = [head for head in range(heads.kv_heads) if head not in full]
-        self.full = Heads.of(full, heads.group, device) if full else None
+        self.full = Heads.of(full, heads.queries_per_kv, device) if full else None
         self.full_slots = storage.slots_of(layer, full)
-        self.windowed = Heads.of(windowed, heads.group, device) if windowed else None
+        self.windowed = Heads.of(windowed, heads.queries_per_kv, device) if windowed else None
 
     def attend_windows(self, prompt: Prompt, layer: SparseLayer, query: Tensor, out: Tensor) -> None:
         """Attend the windowed heads of query [T, Hq, D], tokens of a prompt, to their windows, into theirs of `out`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseserve import ops
-from sparseserve.footprint.stores import Memory, StepMemory
+from sparseserve.footprint.stores import Memory, StepFootprint
 from sparseserve.plugin.backends.rows import RowSplit
 from sparseserve.plugin.watch import metrics
 from sparseserve.plugin.watch.recall import Recall
@@ -41,7 +41,7 @@ class Meter:
 
     def set_memory(self, memory: Memory, longest: int) -> None:
         """Take what the pages of the cache hold; `longest` is the model's longest context in tokens."""
-        self._memory = StepMemory(memory)
+        self._memory = StepFootprint(memory)
         metrics.CAPACITY_GAIN.set(memory.row(longest).ratio)
 
     def count_rows(self, split: RowSplit, asked: int = 0) -> None:
@@ -54,7 +54,7 @@ class Meter:
             self._dense_rows["request"].inc(asked)
             self._dense_rows["guard"].inc(int(split.asked.sum()) - asked)
             metrics.PAGES_FREED.inc(freed)
-        for kind, size in zip(metrics.KV_KINDS, (held.full, held.window, held.summaries, held.dense), strict=True):
+        for kind, size in zip(metrics.KV_KINDS, (held.full, held.window, held.page_state, held.dense), strict=True):
             self._kv_bytes[kind].set(size)
 
     def count_tokens(self, step: Step) -> None:

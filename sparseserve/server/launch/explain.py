@@ -38,7 +38,7 @@ class Explanation:
     policy: Policy
     model: ModelShape
     kv_bytes: int  # of one token in one layer, on one rank
-    summary_bytes: int  # of one page in one layer, on one rank
+    page_state_bytes: int  # of one page in one layer, on one rank
     steps: tuple[StepCost, ...]
     memory: Memory  # of the rank with most empty slots
     rows: tuple[RowMemory, ...]  # of the same lengths as the steps
@@ -68,7 +68,7 @@ def explain(source: PolicySource, argv: list[str], lengths: Sequence[int]) -> Ex
         policy,
         model,
         token_bytes(model.heads, element_bytes),
-        policy.summary_bytes(model.heads, model.page_size, element_bytes),
+        policy.page_state_bytes(model.heads, model.page_size, element_bytes),
         tuple(step_cost(policy, plans, model, length, element_bytes) for length in lengths),
         memory,
         tuple(RowMemory(length, memory.row(length), alone) for length, alone in zip(lengths, needed, strict=True)),

@@ -66,7 +66,7 @@ def serve(source: PolicySource, argv: list[str]) -> None:
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
     launch = prepare(source, argv)
-    print(f"{launch.command}\n{launch.summary}", file=sys.stderr, flush=True)
+    print(f"{launch.command}\n{launch.description}", file=sys.stderr, flush=True)
     ServeSubcommand.cmd(launch.args)
 
 
@@ -76,7 +76,7 @@ class Launch:
 
     args: argparse.Namespace
     command: str
-    summary: str
+    description: str
 
 
 def prepare(source: PolicySource, argv: list[str]) -> Launch:
@@ -99,7 +99,7 @@ def prepare(source: PolicySource, argv: list[str]) -> Launch:
         plans = plan_layers(config, policy, shape)
     except ConfigError as error:
         raise source.locate(error, args.model) from None
-    return Launch(args, command_line(argv), summary(config, policy, plans, shape))
+    return Launch(args, command_line(argv), describe(config, policy, plans, shape))
 
 
 def check_api_servers(args: argparse.Namespace) -> None:
@@ -250,7 +250,7 @@ def command_line(argv: list[str]) -> str:
     return shlex.join([*plugins, "vllm", "serve", *argv])
 
 
-def summary(config: VllmConfig, policy: Policy, plans: Sequence[LayerPlan], model: ModelShape) -> str:
+def describe(config: VllmConfig, policy: Policy, plans: Sequence[LayerPlan], model: ModelShape) -> str:
     """What the policy will do, in one line."""
     length = config.model_config.max_model_len
     roles = {role: [plan.layer for plan in plans if plan.role is role] for role in Role}

@@ -87,7 +87,7 @@ function showPolicy() {
   $("title").textContent = `${policy.policy} on ${policy.model}`;
   $("runs-on").textContent = [...told, `self-check ${policy.self_check}`].filter(Boolean).join(" · ");
   $("runs-on").classList.toggle("bad", policy.self_check === "failed");
-  $("policy-summary").textContent = policy.summary;
+  $("policy-description").textContent = policy.description;
   $("parameters").replaceChildren(...Object.entries(policy.parameters).map(([name, value]) =>
     node("div", {}, node("dt", {}, name), node("dd", {}, typeof value === "string" ? value : JSON.stringify(value)))));
   const { dense, budget, aliases } = policy.requests;
@@ -229,7 +229,7 @@ function showMemory(now) {
   const bytes = now.kv_bytes;
   if (!bytes) return $("memory").replaceChildren(node("div", { class: "note" }, "Nothing decoded yet."));
   const all = Math.max(bytes.dense_equivalent, held(bytes), 1);
-  const kinds = { full: "fill", window: "window-bytes", summaries: "summary-bytes" };
+  const kinds = { full: "fill", window: "window-bytes", summaries: "page-state-bytes" };
   let x = 0;
   const parts = Object.entries(kinds).map(([kind, look]) => {
     const part = node("rect", { class: look, x, y: 14, width: 352 * bytes[kind] / all, height: 18 });

@@ -52,7 +52,7 @@ class ActivePolicy(BaseModel):
 
     model: str = Field(description="the served name")
     policy: str = Field(description="the policy's name")
-    summary: str = Field(description="what the policy does, in a sentence")
+    description: str = Field(description="what the policy does, in a sentence")
     parameters: dict[str, Any] = Field(description="all hyper-parameters, as in a policy file")
     backend: str | None = Field(description="vLLM's attention backend; null before the workers told")
     runner: str | None = Field(description="vLLM's model runner, V1 or V2; null before the workers told")
@@ -73,7 +73,7 @@ def active_policy(policy: Policy, model: str, registry: CollectorRegistry) -> Ac
     return ActivePolicy(
         model=model,
         policy=parameters.pop("policy"),
-        summary=policy.summary,
+        description=policy.description,
         parameters=parameters,
         backend=info.get("backend"),
         runner=info.get("runner"),

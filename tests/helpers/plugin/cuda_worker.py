@@ -37,7 +37,7 @@ from sparseserve.plugin.backends.cuda import SparseCUDABackend, SparseCUDABuilde
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape
 
-HEADS = HeadShape(kv_heads=2, group=2, head_dim=64)
+HEADS = HeadShape(kv_heads=2, queries_per_kv=2, head_dim=64)
 PAGE, LAYERS, MAX_LEN, ROWS, POOL = 64, 3, 448, 8, 48
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -249,7 +249,7 @@ def _attend(*, q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tenso
     for row, length in enumerate(lengths):
         mine = slice(starts[row], starts[row + 1])
         keys, values = (
-            half[pages[row].long()].flatten(0, 1)[:length].repeat_interleave(HEADS.group, 1).transpose(0, 1)
+            half[pages[row].long()].flatten(0, 1)[:length].repeat_interleave(HEADS.queries_per_kv, 1).transpose(0, 1)
             for half in (k, v)
         )
         seen = torch.arange(length) <= torch.arange(length - (starts[row + 1] - starts[row]), length)[:, None]

@@ -25,14 +25,14 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from sparseserve.footprint.groups import Span
-from sparseserve.plugin.head_memory import manager as window_cache
+from sparseserve.plugin.head_memory import manager
 from sparseserve.plugin.head_memory.manager import SinkWindowSpec
 from tests.helpers.plugin.cuda_worker import vllm_config
 
 PAGE, MAX_LEN, ROWS = 4, 96, 4
 Spans = Sequence[Span | None]
 
-window_cache.register()
+manager.register()
 init_none_hash(sha256)
 
 

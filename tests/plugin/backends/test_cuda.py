@@ -16,7 +16,7 @@ from vllm.config import VllmConfig
 
 from sparseserve import ops
 from sparseserve.config import find_policy
-from sparseserve.decode.step import StepBuffers, StepMemory
+from sparseserve.decode.step import StepBuffers, StepWorkspace
 from sparseserve.errors import UnsupportedError
 from sparseserve.ops import step_scratch
 from sparseserve.plugin import settings
@@ -257,7 +257,7 @@ def test_scratch_serves_steps_of_any_number_of_rows(layout: str) -> None:
     bed = Bed(Dense(), shape, LENGTHS).fill(key, value)
     heads, kv = shape.heads, bed.layers[0].kv
     scratch = step_scratch(len(LENGTHS), heads.query_heads, heads.head_dim, CPU)
-    memory = StepMemory(torch.empty(len(LENGTHS), 1, 0), scratch)
+    memory = StepWorkspace(torch.empty(len(LENGTHS), 1, 0), scratch)
     buffers = StepBuffers(Dense(), Dense().plans(shape), heads, len(LENGTHS), MAX_LEN, CPU, memory)
     for rows in (1, 6, 2, 6):
         lengths = torch.tensor(LENGTHS[:rows], dtype=torch.int32)
@@ -274,16 +274,16 @@ def test_scratch_serves_steps_of_any_number_of_rows(layout: str) -> None:
 def test_pages_have_room_for_summaries_in_both_layouts(start: Callable[..., Worker], name: str) -> None:
     worker = start(POLICIES["quest"], layout=name)
     heads = model_shape().heads
-    extra = POLICIES["quest"].summary_bytes(heads, PAGE, 2)
+    extra = POLICIES["quest"].page_state_bytes(heads, PAGE, 2)
     assert worker.spec.page_size_bytes == worker.spec.unpadded_page_size_bytes + extra
     assert [layout.name for layout in SparseCUDABackend.supported_kv_cache_layouts()] == ["LBHNC", "LBNHC"]
     for layer, cache in zip(worker.layers, worker.caches, strict=True):
         assert cache.shape == (POOL, heads.kv_heads, PAGE, 2 * heads.head_dim)
         bound = layer.impl._bound(cache)
-        bound.summary.fill_(7)
+        bound.page_state.fill_(7)
         assert not cache.any()  # summaries lie outside of keys and values
         bound.kv.key.fill_(1), bound.kv.value.fill_(2)
-        assert (bound.summary == 7).all() and cache.float().mean() == 1.5
+        assert (bound.page_state == 7).all() and cache.float().mean() == 1.5
 
 
 def test_tokens_are_counted_without_waiting(start: Callable[..., Worker], layout: str) -> None:

@@ -18,7 +18,7 @@ from vllm.v1.worker.workspace import (
     reset_workspace_manager,
 )
 
-from sparseserve.decode.step import StepMemory
+from sparseserve.decode.step import StepWorkspace
 from sparseserve.errors import UnsupportedError
 from sparseserve.plugin.backends.cuda import SparseCUDABuilder
 from sparseserve.policies import Dense, Policy, Tidal
@@ -62,14 +62,14 @@ def test_the_profiling_run_allocates_what_the_builder_takes(start: Start, worksp
 
 def test_too_little_memory_is_told(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = start(TIDAL)
-    allocate = StepMemory.allocate
+    allocate = StepWorkspace.allocate
 
-    def full(*arguments: Any) -> StepMemory:
+    def full(*arguments: Any) -> StepWorkspace:
         if arguments[-1].type == "meta":
             return allocate(*arguments)
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(StepMemory, "allocate", full)
+    monkeypatch.setattr(StepWorkspace, "allocate", full)
     told = r"--max-num-seqs = 8 .*up to 448 tokens take 0\.00 GiB under tidal.*--max-model-len, or --set unit_tokens=32"
     with pytest.raises(UnsupportedError, match=told):
         worker.builder.bind(TIDAL)

@@ -18,10 +18,10 @@ from vllm.v1.worker.utils import clear_layer_kv_caches
 from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager, reset_workspace_manager
 
 from sparseserve import ops
-from sparseserve.decode.step import StepMemory
+from sparseserve.decode.step import StepWorkspace
 from sparseserve.errors import UnsupportedError
 from sparseserve.plugin.backends.cuda import SparseCUDABackend
-from sparseserve.plugin.head_memory import manager as window_cache
+from sparseserve.plugin.head_memory import manager
 from sparseserve.plugin.watch import meter as stats
 from sparseserve.plugin.watch import metrics
 from sparseserve.policies import Dense, Moa, Policy, Retrieval, Streaming
@@ -77,7 +77,7 @@ def policy(request: pytest.FixtureRequest, policies: dict[str, Policy]) -> Polic
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> VllmConfig:
-    window_cache.register()
+    manager.register()
     return config_of(tmp_path_factory.mktemp("model"))
 
 
@@ -93,14 +93,14 @@ def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not target.has_simulator():
         pytest.skip(target.NO_SIMULATOR)
 
-    measured = StepMemory.allocate
+    measured = StepWorkspace.allocate
 
-    def allocate(*arguments: Any) -> StepMemory:
+    def allocate(*arguments: Any) -> StepWorkspace:
         like = measured(*arguments[:-1], torch.device("meta"))
         assert like.scratch is not None
-        return StepMemory(torch.zeros(like.scores.shape), torch.zeros(like.scratch.shape))
+        return StepWorkspace(torch.zeros(like.scores.shape), torch.zeros(like.scratch.shape))
 
-    monkeypatch.setattr(StepMemory, "allocate", allocate)
+    monkeypatch.setattr(StepWorkspace, "allocate", allocate)
     with target.simulated(Layout.LBHNC):
         yield
 
@@ -175,7 +175,7 @@ def expected_prompt(policy: Policy, tokens: tuple[Tensor, ...], row: int) -> Ten
     """What all tokens of a row get, [L, T, Hq, D]."""
     length = LENGTHS[row]
     query, key, value = (half[:, row, :length].transpose(1, 2).float() for half in tokens)
-    key, value = (half.repeat_interleave(SHAPE.heads.group, 1) for half in (key, value))
+    key, value = (half.repeat_interleave(SHAPE.heads.queries_per_kv, 1) for half in (key, value))
     seen = torch.stack([masks(policy, plan, length) for plan in policy.plans(SHAPE)])
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2)
 

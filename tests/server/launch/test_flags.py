@@ -103,7 +103,7 @@ def test_a_server_without_our_front_is_refused(models: dict[str, str]) -> None:
 def test_contexts_in_which_the_policy_never_acts_are_refused(models: dict[str, str]) -> None:
     with pytest.raises(UnsupportedError, match="--max-model-len = 512 is refused.*more than 1024"):
         start(models["llama"], "--max-model-len", "512")
-    assert start(models["llama"], "--max-model-len", "512", policy="dense", sets=()).summary
+    assert start(models["llama"], "--max-model-len", "512", policy="dense", sets=()).description
 
 
 @pytest.mark.parametrize("folder", ["missing", "file"])
@@ -128,7 +128,7 @@ def test_a_folder_for_metrics_that_cannot_be_written_is_refused(
     (tmp_path / "file").touch()
     monkeypatch.setenv(name, str(tmp_path / folder))
     if not refused:
-        assert start(models["llama"], *flags).summary
+        assert start(models["llama"], *flags).description
         return
     with pytest.raises(ConfigError, match=f"{name} = {tmp_path / folder} .*can be written.*unset {name}"):
         start(models["llama"], *flags)

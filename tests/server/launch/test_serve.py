@@ -117,7 +117,7 @@ def test_what_keeps_heads_from_freeing_pages_is_refused(
     with pytest.raises(UnsupportedError) as error:
         start(models["llama"], *flags, policy="streaming")
     assert [words for words in [*told, "--set kv_memory=shared"] if words not in str(error.value)] == []
-    assert start(models["llama"], *flags, policy="streaming", sets=("kv_memory=shared",)).summary
+    assert start(models["llama"], *flags, policy="streaming", sets=("kv_memory=shared",)).description
 
 
 def test_prefixes_of_windows_are_not_thinned_out(models: dict[str, str]) -> None:
@@ -135,7 +135,7 @@ def test_poison_needs_scheduler_and_worker_in_one_process(
 
 def test_pages_of_many_heads_may_lie_as_they_do(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "BLHNC")
-    assert start(models["llama"], policy="streaming").summary
+    assert start(models["llama"], policy="streaming").description
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_wrong_flags_of_vllm_give_its_own_error(models: dict[str, str], capsys: 
 
 
 def test_the_summary_says_what_the_policy_will_do(models: dict[str, str]) -> None:
-    summary = start(models["llama"], policy="tidal", sets=("reselect_layer=4", "budget_tokens=2048")).summary
+    summary = start(models["llama"], policy="tidal", sets=("reselect_layer=4", "budget_tokens=2048")).description
     for told in ("policy=tidal", "budget_tokens=2048", "dense 0-1, select 2 4, reuse 3 5", "CPU_ATTN", "runner V1"):
         assert told in summary
     assert "75.0% of the KV cache per step at 8192 tokens" in summary  # (4 layers + 2 layers / 4) / 6
@@ -182,7 +182,7 @@ def test_the_summary_says_what_the_policy_will_do(models: dict[str, str]) -> Non
 def test_the_summary_says_what_rows_store(
     models: dict[str, str], policy: str, sets: tuple[str, ...], told: str
 ) -> None:
-    assert told in start(models["llama"], policy=policy, sets=sets).summary
+    assert told in start(models["llama"], policy=policy, sets=sets).description
 
 
 @pytest.mark.parametrize(
