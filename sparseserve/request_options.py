@@ -23,7 +23,7 @@ class RequestOptions:
     """What one request asked for."""
 
     dense: bool = False
-    budget_tokens: int = 0  # 0: the policy's
+    budget_tokens: int | None = None  # None: the policy's
 
 
 def read_options(xargs: Mapping[str, Any], policy: Policy) -> RequestOptions:
@@ -34,8 +34,8 @@ def read_options(xargs: Mapping[str, Any], policy: Policy) -> RequestOptions:
             remedy = "drop the key; the server was started with per_request=false"
             raise ConfigError(key, value, "none: this server takes no choices from requests", remedy=remedy)
     dense = _dense(given[POLICY], policy) if POLICY in given else False
-    budget = _budget(given[BUDGET], policy) if BUDGET in given else 0
-    if dense and budget:
+    budget = _budget(given[BUDGET], policy) if BUDGET in given else None
+    if dense and budget is not None:
         raise ConfigError(BUDGET, budget, f"none with {POLICY} = dense", remedy=f"drop one of {POLICY} and {BUDGET}")
     return RequestOptions(dense, budget)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
+POLICY_BUDGET = 0  # in a row's budget: the plan's, not one of its own
 
 
 class Role(Enum):
@@ -126,12 +127,12 @@ class Wanted:
     recent: Tensor  # [Hs] int32 tokens
     budget: Tensor  # [Hs] int32 tokens
     threshold: float | None = None
-    row_budget: Tensor | None = None  # [B] int32 tokens: a row's budget in place of the plan's, 0 for the plan's
+    row_budget: Tensor | None = None  # [B] int32 tokens: a row's own budget, or POLICY_BUDGET
 
     def budget_of(self, row: int, budget: int) -> int:
         """The budget of a row in tokens, where the plan's is `budget`."""
-        own = 0 if self.row_budget is None else int(self.row_budget[row])
-        return own if own > 0 else budget
+        own = POLICY_BUDGET if self.row_budget is None else int(self.row_budget[row])
+        return own if own > POLICY_BUDGET else budget
 
     def takes_all(self, row: int, length: int, budget: int) -> bool:
         """Whether a row of `length` tokens is selected whole, where the plan's budget is `budget`."""
@@ -236,7 +237,7 @@ class Step:
     lse: Tensor  # [B, Hq] fp32, of the latest attend
     attended_dense: Tensor  # [L, B, 1] int32, tokens attended by layers with dense output
     attended: Tensor  # [L, B, Hs] int32, tokens attended by the other layers
-    # [B] int32 tokens: a row's budget in place of the plan's, its length where it attends to all, 0 for the plan's
+    # [B] int32 tokens: a row's budget in place of the plan's, its length where it attends to all, or POLICY_BUDGET
     row_budget: Tensor | None = None
     scratch: Tensor | None = None  # where blocks meet, on CUDA
     measurement: Measurement | None = None

@@ -93,7 +93,7 @@ def _row(row: RowMemory, memory: Memory) -> dict[str, Any]:
         "groups": [
             {
                 "kv_heads": group.heads,
-                "first_and_last_tokens": group.window(row.length),
+                "first_and_last_tokens": group.ends(row.length),
                 "page_tables": group.tables,
                 "pages": pages,
                 "slots": group.tables * memory.slots,

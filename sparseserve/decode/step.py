@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseserve.ops import step_scratch
 from sparseserve.policies.base import Policy
-from sparseserve.types import CPU, HeadShape, LayerPlan, Measurement, PageTable, Selection, Step, Window
+from sparseserve.types import CPU, POLICY_BUDGET, HeadShape, LayerPlan, Measurement, PageTable, Selection, Step, Window
 
 PROMPT_PIECE = 128  # tokens of a prompt that windowed heads attend for at a time; on CUDA at least
 
@@ -75,21 +75,21 @@ class StepBuffers:
         self,
         table: PageTable,
         whole: Tensor | None = None,
-        budget: Tensor | None = None,
+        row_budget: Tensor | None = None,
         measured: Collection[int] = (),
         launched: Collection[int] | None = None,
     ) -> Step:
         """The buffers cut to the rows of `table`.
 
-        Rows that are `whole` [B] bool attend to everything in all layers; `budget` [B] int32 tokens holds in place of
-        the plan's where it is not 0. The layers `measured` are compared with dense attention. A captured graph makes
-        the launches of the layers `launched` in every step, for nothing in those that are not measured.
+        Rows that are `whole` [B] bool attend to everything in all layers; `row_budget` [B] int32 tokens holds in place
+        of the plan's where it is not POLICY_BUDGET. The layers `measured` are compared with dense attention. A captured
+        graph makes the launches of the layers `launched` in every step, for nothing in those that are not measured.
         """
         rows = table.seq_lens.shape[0]
         everything = self._everything.rows(rows)
         everything.spans.copy_(table.seq_lens[:, None, None])
         windows = self._windows[:, :rows].copy_(self._window.spans(table.seq_lens))
-        own = torch.zeros_like(table.seq_lens) if budget is None else budget
+        own = torch.full_like(table.seq_lens, POLICY_BUDGET) if row_budget is None else row_budget
         if whole is not None:
             own = torch.where(whole, table.seq_lens, own)
             windows.clamp_(min=(table.seq_lens * whole)[:, None, None])
@@ -102,7 +102,7 @@ class StepBuffers:
             lse=self._lse[:rows],
             attended_dense=self._attended_dense[:, :rows],
             attended=self._attended[:, :rows],
-            row_budget=None if whole is None and budget is None else self._row_budget[:rows].copy_(own),
+            row_budget=None if whole is None and row_budget is None else self._row_budget[:rows].copy_(own),
             scratch=self._memory.scratch,
             measurement=self._measure(table.seq_lens, whole, measured, launched),
         )

@@ -2,7 +2,7 @@
 
 All groups draw pages from one pool. A page has `slots` slots, each P tokens of one KV head; a group gives every one of
 its heads a slot. The first group holds the heads that need everything, if there are any; the others hold heads whose
-windows were rounded up to one of at most `MAX_CLASSES` spans, and free the pages that fell out of it.
+windows were rounded up to one of at most `MAX_CLASSES` sizes, and free the pages that fell out of it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from sparseserve.model import ModelShape
 from sparseserve.policies.base import Policy
 from sparseserve.types import LayerPlan
 
-MAX_CLASSES = 3  # spans that windows are rounded up to
+MAX_CLASSES = 3  # sizes that windows are rounded up to
 MAX_GROUPS = 12  # page tables of a row
 MAX_CUTS = 32  # places between windows of different sizes that the search for classes tries
 EPSILON = 1e-6  # tokens; a class is never shorter than a window because of how numbers are rounded
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class HeadWindow:
     """What a row keeps: the first `sink` tokens and, at N tokens, the last max(alpha + beta * N, minimum).
 
     Rows of up to `dense_up_to` tokens keep everything. With beta <= 1 what was dropped is never needed again.
@@ -58,10 +58,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Where the KV heads of every layer of one rank are stored; all ranks have the same slots and spans."""
+    """Where the KV heads of every layer of one rank are stored; all ranks have the same slots and windows."""
 
     slots: int  # S, heads that a page has room for
-    spans: tuple[Span | None, ...]  # of every group; None keeps everything
+    windows: tuple[HeadWindow | None, ...]  # of every group; None keeps everything
     places: Tensor  # [L, H, 2] int32, of every KV head: its group and its slot
 
     def heads(self, layer: int, group: int) -> list[int]:
@@ -83,7 +83,9 @@ class Storage:
 
     def pages(self, length: int, page_size: int) -> list[int]:
         """Pages of every group that a row of `length` tokens keeps."""
-        return [-(-length // page_size) if span is None else span.pages(length, page_size) for span in self.spans]
+        return [
+            -(-length // page_size) if window is None else window.pages(length, page_size) for window in self.windows
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,46 +95,51 @@ class _Head:
     rank: int
     layer: int
     head: int
-    span: Span | None
+    window: HeadWindow | None
     kept: int
 
 
 def store_heads(policy: Policy, model: ModelShape) -> Storage:
     """Group the KV heads of the model by what they keep, and give this rank's their slots."""
     heads = [head for rank in range(model.ranks) for head in _heads(policy, replace(model, rank=rank))]
-    full = [head for head in heads if head.span is None]
-    windowed = sorted((head for head in heads if head.span is not None), key=lambda head: head.kept)
+    full = [head for head in heads if head.window is None]
+    windowed = sorted((head for head in heads if head.window is not None), key=lambda head: head.kept)
     packing = _cheapest(full, windowed, model)
     runs = [windowed[begin:end] for begin, end in pairwise(packing.bounds)]
-    spans: list[Span | None] = []
+    windows: list[HeadWindow | None] = []
     places = torch.zeros(model.layers, model.heads.kv_heads, 2, dtype=torch.int32)
     for run in [full, *runs] if full else runs:
         mine = sorted((head for head in run if head.rank == model.rank), key=lambda head: (head.layer, head.head))
         for i, head in enumerate(mine):
-            places[head.layer, head.head] = torch.tensor([len(spans) + i // packing.slots, i % packing.slots])
-        spans += [_covering(run, model.max_len)] * -(-_load(run, model.ranks) // packing.slots)
-    return Storage(packing.slots, tuple(spans), places)
+            places[head.layer, head.head] = torch.tensor([len(windows) + i // packing.slots, i % packing.slots])
+        windows += [_covering(run, model.max_len)] * -(-_load(run, model.ranks) // packing.slots)
+    return Storage(packing.slots, tuple(windows), places)
 
 
 def _heads(policy: Policy, model: ModelShape) -> Iterable[_Head]:
     for plan in policy.plans(model):
-        for head, span in enumerate(head_spans(plan, policy, model)):
-            kept = model.max_len if span is None else span.pages(model.max_len, model.page_size) * model.page_size
-            yield _Head(model.rank, plan.layer, head, span, kept)
+        for head, window in enumerate(head_windows(plan, policy, model)):
+            kept = model.max_len if window is None else window.pages(model.max_len, model.page_size) * model.page_size
+            yield _Head(model.rank, plan.layer, head, window, kept)
 
 
-def head_spans(plan: LayerPlan, policy: Policy, model: ModelShape) -> list[Span | None]:
+def head_windows(plan: LayerPlan, policy: Policy, model: ModelShape) -> list[HeadWindow | None]:
     """What every KV head of a layer keeps; None for heads that attend to everything."""
-    heads, window = model.heads.kv_heads, plan.window
-    if window is None:
+    heads, planned = model.heads.kv_heads, plan.window
+    if planned is None:
         return [None] * heads
-    spans: list[Span | None] = []
-    columns = window.sink.tolist(), window.alpha.tolist(), window.beta.tolist(), window.is_whole(model.max_len).tolist()
+    windows: list[HeadWindow | None] = []
+    columns = (
+        planned.sink.tolist(),
+        planned.alpha.tolist(),
+        planned.beta.tolist(),
+        planned.is_whole(model.max_len).tolist(),
+    )
     for sink, alpha, beta, whole in zip(*columns, strict=True):
         lines = [(a - sink, b) for a, b in zip(alpha, beta, strict=True)]
-        span = Span(sink, *_chord(lines, model.max_len), window.minimum - sink, policy.dense_up_to)
-        spans.append(None if whole else span)
-    return spans * (heads // len(spans))
+        window = HeadWindow(sink, *_chord(lines, model.max_len), planned.minimum - sink, policy.dense_up_to)
+        windows.append(None if whole else window)
+    return windows * (heads // len(windows))
 
 
 def _chord(lines: Sequence[tuple[float, float]], max_len: int) -> tuple[float, float]:
@@ -142,14 +149,14 @@ def _chord(lines: Sequence[tuple[float, float]], max_len: int) -> tuple[float, f
     return first, (last - first) / max_len
 
 
-def _covering(heads: Sequence[_Head], max_len: int) -> Span | None:
+def _covering(heads: Sequence[_Head], max_len: int) -> HeadWindow | None:
     """What the group of `heads` keeps."""
-    spans = [head.span for head in heads if head.span is not None]
-    if not spans:
+    windows = [head.window for head in heads if head.window is not None]
+    if not windows:
         return None
-    line = _chord([(span.alpha, span.beta) for span in spans], max_len)
-    sink, minimum = max(span.sink for span in spans), max(span.minimum for span in spans)
-    return Span(sink, *line, minimum, spans[0].dense_up_to)
+    line = _chord([(window.alpha, window.beta) for window in windows], max_len)
+    sink, minimum = max(window.sink for window in windows), max(window.minimum for window in windows)
+    return HeadWindow(sink, *line, minimum, windows[0].dense_up_to)
 
 
 def _load(heads: Sequence[_Head], ranks: int) -> int:

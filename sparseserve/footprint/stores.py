@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sparseserve.footprint.groups import EPSILON, Span, Storage, head_spans, store_heads
+from sparseserve.footprint.groups import EPSILON, HeadWindow, Storage, head_windows, store_heads
 from sparseserve.footprint.reads import token_bytes
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
@@ -20,21 +20,21 @@ from sparseserve.types import LayerPlan
 class HeadGroup:
     """KV heads that keep the same tokens."""
 
-    span: Span | None  # None keeps everything
+    window: HeadWindow | None  # None keeps everything
     heads: int
     tables: int  # page tables; a row has as many pages in each
 
     def pages(self, length: int, page_size: int) -> int:
         """Pages that a row of `length` tokens keeps, in all page tables."""
-        if self.span is None:
+        if self.window is None:
             return self.tables * -(-length // page_size)
-        return self.tables * self.span.pages(length, page_size)
+        return self.tables * self.window.pages(length, page_size)
 
-    def window(self, length: int) -> tuple[int, int] | None:
+    def ends(self, length: int) -> tuple[int, int] | None:
         """How many first and last tokens a row of `length` tokens keeps; None for everything."""
-        if self.span is None or (start := self.span.start(length)) <= self.span.sink:
+        if self.window is None or (start := self.window.start(length)) <= self.window.sink:
             return None
-        return self.span.sink, length - start
+        return self.window.sink, length - start
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Memory:
     def row(self, length: int) -> Stored:
         """What a row of `length` tokens stores from one step to the next."""
         full, window = (
-            sum(group.pages(length, self.page_size) for group in self.groups if (group.span is None) == everything)
+            sum(group.pages(length, self.page_size) for group in self.groups if (group.window is None) == everything)
             for everything in (True, False)
         )
         return self.stored(full, window, -(-length // self.page_size))
@@ -104,8 +104,10 @@ def memory_of(
         return Memory((HeadGroup(None, slots, 1),), size, slots, dense, state, dense)
     page_bytes = model.layers * size * storage.layer_part(model) * element_bytes
     groups = [
-        HeadGroup(span, sum(storage.group_heads(number) for number, _ in same), len(same))
-        for span, same in ((span, [*same]) for span, same in groupby(enumerate(storage.spans), key=lambda one: one[1]))
+        HeadGroup(window, sum(storage.group_heads(number) for number, _ in same), len(same))
+        for window, same in (
+            (window, [*same]) for window, same in groupby(enumerate(storage.windows), key=lambda one: one[1])
+        )
     ]
     return Memory(tuple(groups), size, storage.slots, page_bytes, 0, dense)
 
@@ -113,13 +115,13 @@ def memory_of(
 def predict_memory(policy: Policy, plans: Sequence[LayerPlan], model: ModelShape, element_bytes: int) -> Memory:
     """The pages that serving the policy gives the model."""
     storage = store_heads(policy, model) if policy.frees_pages else None
-    groups = None if storage is None or storage.spans == (None,) else storage
+    groups = None if storage is None or storage.windows == (None,) else storage
     return memory_of(policy, plans, model, element_bytes, groups)
 
 
 def needed_bytes(policy: Policy, plans: Sequence[LayerPlan], model: ModelShape, element_bytes: int, length: int) -> int:
     """Bytes of the pages that every KV head by itself needs for a row of `length` tokens, if none was rounded up."""
-    pages = sum(HeadGroup(span, 1, 1).pages(length, model.page_size) for span in _spans(policy, plans, model))
+    pages = sum(HeadGroup(window, 1, 1).pages(length, model.page_size) for window in _windows(policy, plans, model))
     return pages * model.page_size * 2 * model.heads.head_dim * element_bytes
 
 
@@ -129,9 +131,9 @@ def emptiest_rank(policy: Policy, model: ModelShape, element_bytes: int) -> Mode
     return min(ranks, key=lambda rank: needed_bytes(policy, policy.plans(rank), rank, element_bytes, rank.max_len))
 
 
-def _spans(policy: Policy, plans: Sequence[LayerPlan], model: ModelShape) -> Iterator[Span | None]:
+def _windows(policy: Policy, plans: Sequence[LayerPlan], model: ModelShape) -> Iterator[HeadWindow | None]:
     for plan in plans:
-        yield from head_spans(plan, policy, model) if policy.frees_pages else [None] * model.heads.kv_heads
+        yield from head_windows(plan, policy, model) if policy.frees_pages else [None] * model.heads.kv_heads
 
 
 class StepFootprint:
@@ -139,12 +141,12 @@ class StepFootprint:
 
     def __init__(self, memory: Memory) -> None:
         self._memory, size = memory, memory.page_size
-        windows = [(group.tables, group.span) for group in memory.groups if group.span is not None]
+        windows = [(group.tables, group.window) for group in memory.groups if group.window is not None]
         self._window_tables = sum(tables for tables, _ in windows)
         self._full_tables = sum(group.tables for group in memory.groups) - self._window_tables
         columns = [
-            [tables, span.alpha, span.beta, span.minimum, span.dense_up_to, span.sink_pages(size)]
-            for tables, span in windows
+            [tables, window.alpha, window.beta, window.minimum, window.dense_up_to, window.sink_pages(size)]
+            for tables, window in windows
         ]
         self._columns = torch.tensor(columns, dtype=torch.float64).view(len(windows), 6).T[..., None]
 
@@ -163,7 +165,7 @@ class StepFootprint:
         return held, leaving - gone
 
     def freed(self, lengths: Tensor) -> Tensor:
-        """Pages [B] fp64 between sink and window of rows of `lengths` tokens: `Span.freed_pages`, in all tables."""
+        """Pages [B] fp64 between sink and window of rows of `lengths` tokens: `freed_pages` of all tables."""
         tables, alpha, beta, minimum, dense_up_to, sink = self._columns
         lengths = lengths.double()
         kept = (alpha + beta * lengths + EPSILON).trunc().maximum(minimum)

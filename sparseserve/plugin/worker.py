@@ -17,13 +17,13 @@ from sparseserve.plugin.backends.layers import SparseImpl
 from sparseserve.plugin.self_check import check_worker_attention
 from sparseserve.plugin.settings import policy_of
 from sparseserve.plugin.watch.meter import Snapshot, snapshot
-from sparseserve.plugin.watch.requests import Requests
+from sparseserve.plugin.watch.requests import ServedRequests
 
 
 class SparseWorker:
     """Comes before vLLM's own class among the bases."""
 
-    _requests: Requests | None = None
+    _requests: ServedRequests | None = None
 
     def determine_available_memory(self) -> int:
         """As vLLM has it; then let go of the cache that it profiled with."""
@@ -39,7 +39,7 @@ class SparseWorker:
         super().initialize_from_config(kv_cache_config)
         if (policy := policy_of(self.vllm_config)) is None:
             return
-        self._requests = Requests(policy, self.model_runner)
+        self._requests = ServedRequests(policy, self.model_runner)
         for groups in self.model_runner.attn_groups:
             for builder in (builder for group in groups for builder in group.metadata_builders):
                 if hasattr(builder, "serve"):  # groups of heads compute nothing

@@ -87,11 +87,11 @@ class Policy(BaseModel, ABC):
         """Fewest and most tokens that a request may have as its budget; None without a budget that can change."""
         return None
 
-    def wider(self, budget: int) -> int:
-        """The next larger budget of a request that has `budget` tokens (0: the policy's); 0 without one."""
-        return 0
+    def wider(self, budget_tokens: int | None) -> int | None:
+        """The next larger budget of a request; None where there is no larger one."""
+        return None
 
-    def dense_rows_up_to(self, budget: int) -> int:
+    def dense_rows_up_to(self, budget_tokens: int | None) -> int:
         """`dense_up_to` of a row with a budget of its own."""
         return self.dense_up_to
 
@@ -225,12 +225,12 @@ class BudgetPolicy(Policy):
     def budget_bounds(self) -> tuple[int, int] | None:
         return self.least_budget, self.largest_budget
 
-    def wider(self, budget: int) -> int:
-        now = budget or self.budget_tokens
-        return min(2 * now, self.largest_budget) if now < self.largest_budget else 0
+    def wider(self, budget_tokens: int | None) -> int | None:
+        now = self.budget_tokens if budget_tokens is None else budget_tokens
+        return min(2 * now, self.largest_budget) if now < self.largest_budget else None
 
-    def dense_rows_up_to(self, budget: int) -> int:
-        return max(self.min_tokens, budget) if budget else self.dense_up_to
+    def dense_rows_up_to(self, budget_tokens: int | None) -> int:
+        return self.dense_up_to if budget_tokens is None else max(self.min_tokens, budget_tokens)
 
     def selection_slots(self, max_len: int) -> int:
         largest = min(self.largest_budget, max(max_len, self.budget_tokens))

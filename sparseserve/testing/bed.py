@@ -88,12 +88,12 @@ class Bed:
                     self.write(layer, row, start, keys[layer, row, start:end], values[layer, row, start:end])
         return self
 
-    def decode(self, query: Tensor, rows: list[int] | None = None, budget: Tensor | None = None) -> Outcome:
-        """One step for `query` [L, B, Hq, D] over `rows` (all by default), in that order; `budget` is of these rows."""
+    def decode(self, query: Tensor, rows: list[int] | None = None, row_budget: Tensor | None = None) -> Outcome:
+        """One step for `query` [L, B, Hq, D] over `rows` (all by default), in that order; `row_budget` is of these."""
         rows = list(range(len(self.lengths))) if rows is None else rows
         seq_lens = torch.tensor([self.lengths[row] for row in rows], dtype=torch.int32)
         measured = [layer.plan.layer for layer in self.layers if not layer.plan.dense_output]
-        step = self.buffers.step(PageTable(self.pages[rows], seq_lens), budget=budget, measured=measured)
+        step = self.buffers.step(PageTable(self.pages[rows], seq_lens), row_budget=row_budget, measured=measured)
         self.policy.prepare(step, self.model)
         outcome = Outcome(torch.zeros_like(query[:, rows]), [], [], [], step.measurement)
         for layer, out in zip(self.layers, outcome.out, strict=True):

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparseserve.footprint.groups import MAX_CLASSES, MAX_GROUPS, Span, Storage, store_heads
+from sparseserve.footprint.groups import MAX_CLASSES, MAX_GROUPS, HeadWindow, Storage, store_heads
 from sparseserve.model import ModelShape
 from sparseserve.policies import Dense, Moa, Policy, Retrieval, Streaming
 from sparseserve.types import HeadShape, LayerPlan
@@ -22,8 +22,8 @@ from sparseserve.types import HeadShape, LayerPlan
 PAGE = 8
 FOLDER = TemporaryDirectory()
 ALPHAS, BETAS = st.sampled_from([-40, 0, 7.5, 24, 60]), st.sampled_from([0, 0.125, 0.3, 0.5, 0.9, 1])
-SPANS = st.builds(
-    Span,
+WINDOWS = st.builds(
+    HeadWindow,
     sink=st.integers(0, 20),
     alpha=st.floats(-30, 60),
     beta=st.floats(0, 1),
@@ -61,27 +61,27 @@ def plans(draw: st.DrawFn) -> tuple[Moa, ModelShape]:
     return moa(lines, draw(st.sampled_from([0, 5, 16])), min_tokens=draw(st.sampled_from([0, 50]))), model
 
 
-@given(SPANS)
+@given(WINDOWS)
 @settings(max_examples=300, deadline=None)
-def test_what_a_span_dropped_it_never_wants_back(span: Span) -> None:
-    starts = [span.start(length) for length in range(1, 400)]
+def test_what_a_window_dropped_it_never_wants_back(window: HeadWindow) -> None:
+    starts = [window.start(length) for length in range(1, 400)]
     assert all(0 <= start < length for length, start in enumerate(starts, 1))
     assert all(earlier <= later for earlier, later in pairwise(starts))
 
 
-@given(SPANS, st.integers(1, 400), st.integers(1, 16))
+@given(WINDOWS, st.integers(1, 400), st.integers(1, 16))
 @settings(max_examples=300, deadline=None)
-def test_pages_are_those_of_the_sink_and_of_the_last_tokens(span: Span, length: int, page: int) -> None:
-    kept = {at // page for at in range(length) if at < span.sink or at >= span.start(length)}
-    assert span.pages(length, page) == len(kept)
-    assert span.freed_pages(length, page) == -(-length // page) - len(kept)
+def test_pages_are_those_of_the_sink_and_of_the_last_tokens(window: HeadWindow, length: int, page: int) -> None:
+    kept = {at // page for at in range(length) if at < window.sink or at >= window.start(length)}
+    assert window.pages(length, page) == len(kept)
+    assert window.freed_pages(length, page) == -(-length // page) - len(kept)
 
 
 def test_a_span_by_hand() -> None:
-    span = Span(sink=5, alpha=10, beta=0.25, minimum=24, dense_up_to=40)
-    assert [span.start(length) for length in (1, 40, 41, 56, 100)] == [0, 0, 17, 32, 65]
-    assert (span.sink_pages(4), span.freed_pages(100, 4), span.pages(100, 4)) == (2, 14, 11)
-    assert span.pages(40, 4) == 10
+    window = HeadWindow(sink=5, alpha=10, beta=0.25, minimum=24, dense_up_to=40)
+    assert [window.start(length) for length in (1, 40, 41, 56, 100)] == [0, 0, 17, 32, 65]
+    assert (window.sink_pages(4), window.freed_pages(100, 4), window.pages(100, 4)) == (2, 14, 11)
+    assert window.pages(40, 4) == 10
 
 
 @given(plans())
@@ -90,9 +90,11 @@ def test_every_head_has_a_place_of_its_own(case: tuple[Moa, ModelShape]) -> None
     for storage, _ in of_ranks(*case):
         places = [tuple(place) for place in storage.places.flatten(0, 1).tolist()]
         assert len({*places}) == len(places)
-        assert all(group < len(storage.spans) and slot < storage.slots for group, slot in places)
-        assert sum(storage.group_heads(group) for group in range(len(storage.spans))) == len(places)
-        for layer, group in ((layer, group) for layer in range(case[1].layers) for group in range(len(storage.spans))):
+        assert all(group < len(storage.windows) and slot < storage.slots for group, slot in places)
+        assert sum(storage.group_heads(group) for group in range(len(storage.windows))) == len(places)
+        for layer, group in (
+            (layer, group) for layer in range(case[1].layers) for group in range(len(storage.windows))
+        ):
             slots = storage.places[layer, storage.heads(layer, group), 1].tolist()
             assert slots == [*range(slots[0], slots[0] + len(slots))] if slots else True
 
@@ -104,18 +106,18 @@ def test_a_group_keeps_what_its_heads_attend_to_at_every_length(case: tuple[Moa,
     lengths = torch.arange(1, model.max_len + 1, dtype=torch.int32)
     for storage, layers in of_ranks(policy, model):
         starts = {
-            group: torch.tensor([span.start(int(length)) for length in lengths])
-            for group, span in enumerate(storage.spans)
-            if span is not None
+            group: torch.tensor([window.start(int(length)) for length in lengths])
+            for group, window in enumerate(storage.windows)
+            if window is not None
         }
         for plan, (head, group) in ((p, h) for p in layers for h in enumerate(storage.places[p.layer, :, 0].tolist())):
-            span, window = storage.spans[group], plan.window
-            if span is None:  # in prompts vLLM attends to all of it
+            kept, window = storage.windows[group], plan.window
+            if kept is None:  # in prompts vLLM attends to all of it
                 assert window is None or (window.spans(lengths)[:, head].diff() <= 0).all()
                 continue
             assert window is not None
             wanted = window.spans(lengths)[:, head, 1] * (lengths > policy.dense_up_to)
-            assert (starts[group].diff() >= 0).all() and span.sink >= window.sink[head]
+            assert (starts[group].diff() >= 0).all() and kept.sink >= window.sink[head]
             assert (starts[group] // PAGE <= wanted // PAGE).all()
 
 
@@ -123,10 +125,10 @@ def test_a_group_keeps_what_its_heads_attend_to_at_every_length(case: tuple[Moa,
 @settings(max_examples=200, deadline=None)
 def test_ranks_agree_and_there_are_few_groups(case: tuple[Moa, ModelShape]) -> None:
     storages = [storage for storage, _ in of_ranks(*case)]
-    assert len({(storage.slots, storage.spans) for storage in storages}) == 1
-    spans = storages[0].spans
-    assert len({span for span in spans if span is not None}) <= MAX_CLASSES and len(spans) <= MAX_GROUPS
-    assert None not in spans[1:]
+    assert len({(storage.slots, storage.windows) for storage in storages}) == 1
+    windows = storages[0].windows
+    assert len({window for window in windows if window is not None}) <= MAX_CLASSES and len(windows) <= MAX_GROUPS
+    assert None not in windows[1:]
 
 
 ROUNDED = Streaming(sink_tokens=4, recent_tokens=185, min_tokens=0)  # drops 11 tokens of 200, but no page of 8
@@ -170,7 +172,7 @@ def test_no_packing_is_smaller(full: int) -> None:
     for windows in combinations_with_replacement((24, 48, 72, 120), 5):
         model = shape(1, full + len(windows))
         storage = store_heads(moa([[(0, 1)] * full + [(size, 0) for size in windows]], sink=0), model)
-        sizes = sorted(Span(0, size, 0).pages(200, PAGE) * PAGE for size in windows)
+        sizes = sorted(HeadWindow(0, size, 0).pages(200, PAGE) * PAGE for size in windows)
         assert tokens(storage, model) == min(packings(sizes, full))
 
 

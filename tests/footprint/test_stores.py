@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparseserve.footprint.groups import Span
+from sparseserve.footprint.groups import HeadWindow
 from sparseserve.footprint.stores import HeadGroup, Memory, StepFootprint, needed_bytes, predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.policies import Dense, Moa, Policy, Quest, Retrieval, Streaming
@@ -89,17 +89,22 @@ def test_capacity_is_what_rows_fit(policy: Callable[[str], Policy]) -> None:
     assert memory(policy("quest")).capacity(320, LENGTH) == (320 * P, 330 * P)
 
 
-SPANS = [Span(4, 300.0, 0.0), Span(40, 100.0, 0.2, 64), Span(0, 33.5, 0.6, 10, 700), Span(130, -20.0, 0.1, 50)]
+WINDOWS = [
+    HeadWindow(4, 300.0, 0.0),
+    HeadWindow(40, 100.0, 0.2, 64),
+    HeadWindow(0, 33.5, 0.6, 10, 700),
+    HeadWindow(130, -20.0, 0.1, 50),
+]
 TABLES = 2, 1, 3, 1
 PAGE = 32
-GROUPS = HeadGroup(None, 8, 1), *(HeadGroup(span, 8, tables) for span, tables in zip(SPANS, TABLES, strict=True))
+GROUPS = HeadGroup(None, 8, 1), *(HeadGroup(window, 8, tables) for window, tables in zip(WINDOWS, TABLES, strict=True))
 STEPS = StepFootprint(Memory(GROUPS, PAGE, slots=8, page_bytes=1, page_state_bytes=0, dense_bytes=1))
 
 
 def test_many_rows_at_once_free_what_each_does() -> None:
     lengths = range(2500)
     one_by_one = [
-        sum(tables * span.freed_pages(length, PAGE) for span, tables in zip(SPANS, TABLES, strict=True))
+        sum(tables * window.freed_pages(length, PAGE) for window, tables in zip(WINDOWS, TABLES, strict=True))
         for length in lengths
     ]
     assert STEPS.freed(torch.tensor([*lengths])).tolist() == one_by_one
@@ -108,26 +113,26 @@ def test_many_rows_at_once_free_what_each_does() -> None:
 def test_rows_hold_what_no_token_before_the_step_needed_no_more() -> None:
     """A prompt in chunks, an answer, and a row whose first 640 tokens were found in the cache."""
     rows = [0, 200, 456, 700, 956, 1000, *range(1001, 1100)], [640, 1000, *range(1001, 1100)]
-    tables = [(None, 1), *zip(SPANS, TABLES, strict=True)]
+    tables = [(None, 1), *zip(WINDOWS, TABLES, strict=True)]
     for ends in rows:
-        gone = [sum(tables * span.freed_pages(ends[0] + 1, PAGE) for span, tables in tables[1:])]
+        gone = [sum(tables * window.freed_pages(ends[0] + 1, PAGE) for window, tables in tables[1:])]
         for before, after in pairwise(ends):
             held, freed = STEPS.hold(torch.tensor([before]), torch.tensor([after]))
             kept = [
-                times * len(set(range(-(-after // PAGE))) - (dropped(span, before) if span else set()))
-                for span, times in tables
+                times * len(set(range(-(-after // PAGE))) - (dropped(window, before) if window else set()))
+                for window, times in tables
             ]
             assert (held.full, held.window, held.dense) == (kept[0], sum(kept[1:]), kept[0])
             gone.append(gone[-1] + freed)
-        assert gone[-1] == sum(times * span.freed_pages(ends[-1] + 1, PAGE) for span, times in tables[1:])
+        assert gone[-1] == sum(times * window.freed_pages(ends[-1] + 1, PAGE) for window, times in tables[1:])
 
 
-def dropped(span: Span, before: int) -> set[int]:
+def dropped(window: HeadWindow, before: int) -> set[int]:
     """Pages that the token after `before` others does not attend to."""
     return {
         page
         for page in range(before // PAGE)
-        if span.sink <= page * PAGE and (page + 1) * PAGE <= span.start(before + 1)
+        if window.sink <= page * PAGE and (page + 1) * PAGE <= window.start(before + 1)
     }
 
 

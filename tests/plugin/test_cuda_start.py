@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 from sparseserve.plugin import settings
 from sparseserve.plugin.self_check import check_worker_attention
 from sparseserve.plugin.watch import metrics
-from sparseserve.plugin.watch.requests import Requests
+from sparseserve.plugin.watch.requests import ServedRequests
 from sparseserve.policies import Policy, Quest, Streaming, Tidal
 from sparseserve.testing import target
 from sparseserve.testing.target import Layout
@@ -77,7 +77,7 @@ def started(policy: Policy, folder: Path, patch: pytest.MonkeyPatch) -> Any:
 def test_a_worker_checks_what_it_computes(policy: Policy, tmp_path: Path, simulator: pytest.MonkeyPatch) -> None:
     worker = started(policy, tmp_path, simulator)
     builder = worker.model_runner.attn_groups[0][0].metadata_builders[0]
-    builder.serve(Requests(policy, worker.model_runner))
+    builder.serve(ServedRequests(policy, worker.model_runner))
     check_worker_attention(worker)
 
 
@@ -92,7 +92,7 @@ def test_a_policy_tells_what_it_attends_to_from_tensors_of_any_device() -> None:
 def test_batches_that_nobody_asked_for_are_not_counted(tmp_path: Path, simulator: pytest.MonkeyPatch) -> None:
     policy = POLICIES["quest"]
     worker = Worker(vllm_config(tmp_path), policy, patch=simulator)
-    worker.builder.serve(Requests(policy, SimpleNamespace(req_states=SimpleNamespace(index_to_req_id={}))))
+    worker.builder.serve(ServedRequests(policy, SimpleNamespace(req_states=SimpleNamespace(index_to_req_id={}))))
     prefill = metrics.DENSE_ROWS.labels("quest", "prefill")
     before = prefill._value.get()
     worker.builder.build(0, Batch([PAGE, 5], [PAGE, 5], [True, True]).metadata(torch.zeros(2, 7).int(), "cpu"))

@@ -100,7 +100,7 @@ def test_a_row_with_a_budget_of_its_own_is_the_policy_with_that_budget(
     least, most = policy.budget_bounds
     budgets = [0, policy.budget_tokens + policy.selection_unit, least, most, 0, 2 * policy.budget_tokens]
     mine = torch.tensor([budgets[row % len(budgets)] for row in range(len(LENGTHS))], dtype=torch.int32)
-    mixed = Bed(policy, MODEL, LENGTHS).fill(*data[1:]).decode(data[0], budget=mine)
+    mixed = Bed(policy, MODEL, LENGTHS).fill(*data[1:]).decode(data[0], row_budget=mine)
     for budget in set(budgets):
         rows = [row for row in ROWS if int(mine[row]) == budget]
         tokens = budget or policy.budget_tokens

@@ -14,7 +14,7 @@ from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.plugin.backends.rows import RowSplit, split_rows
 from sparseserve.plugin.settings import WITHOUT_US
 from sparseserve.plugin.watch.meter import Meter
-from sparseserve.plugin.watch.requests import Request, Requests, Rows, apart
+from sparseserve.plugin.watch.requests import RowOptions, ServedRequest, ServedRequests, apart
 from sparseserve.policies import Policy
 
 
@@ -22,14 +22,14 @@ from sparseserve.policies import Policy
 class Batch:
     """A batch's rows, without padding."""
 
-    requests: Sequence[Request | None]  # of R rows
-    rows: Rows | None  # None where all are the policy's as it stands
+    requests: Sequence[ServedRequest | None]  # of R rows
+    rows: RowOptions | None  # None where all are the policy's as it stands
     split: RowSplit
 
     @property
-    def budget(self) -> Tensor | None:
+    def row_budget(self) -> Tensor | None:
         """[R] int32 tokens, where some row has a budget of its own."""
-        return None if self.rows is None or not self.rows.budget.any() else self.rows.budget
+        return None if self.rows is None or not self.rows.row_budget.any() else self.rows.row_budget
 
     def count(self, meter: Meter) -> None:
         """Count the rows by the path they take."""
@@ -40,9 +40,9 @@ class SparseBuilder:
     """Comes before vLLM's own class among the bases."""
 
     _policy: Policy | None = None
-    _requests: Requests | None = None
+    _requests: ServedRequests | None = None
 
-    def serve(self, requests: Requests) -> None:
+    def serve(self, requests: ServedRequests) -> None:
         """Take the table that tells which request a row belongs to."""
         self._requests = requests
 

@@ -124,7 +124,7 @@ class SparseCPUBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
     ) -> SparseCPUMetadata:
         split = batch.split
         sparse_tokens = common.query_start_loc_cpu[split.sparse].to(torch.int64)
-        step = self._step(common, split.sparse, batch.budget, draw)
+        step = self._step(common, split.sparse, batch.row_budget, draw)
         if not split.dense.shape[0]:
             return SparseCPUMetadata(
                 num_actual_tokens=common.num_actual_tokens,
@@ -159,10 +159,12 @@ class SparseCPUBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
         finally:
             self.num_kv_heads, self.num_heads = all_heads
 
-    def _step(self, common: CommonAttentionMetadata, rows: Tensor, budget: Tensor | None, draw: Draw | None) -> Step:
+    def _step(
+        self, common: CommonAttentionMetadata, rows: Tensor, row_budget: Tensor | None, draw: Draw | None
+    ) -> Step:
         table = PageTable(common.block_table_tensor[rows], common.seq_lens[rows])
-        budget = None if budget is None else budget[rows]
-        step = self._buffers.step(table, budget=budget, measured=() if draw is None else draw.layers)
+        own = None if row_budget is None else row_budget[rows]
+        step = self._buffers.step(table, row_budget=own, measured=() if draw is None else draw.layers)
         self._policy.prepare(step, self._model)
         return step
 

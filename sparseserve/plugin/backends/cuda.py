@@ -43,7 +43,7 @@ from sparseserve.plugin.settings import (
 )
 from sparseserve.plugin.watch.meter import CudaMeter
 from sparseserve.plugin.watch.recall import CudaRecall, Draw
-from sparseserve.plugin.watch.requests import Rows
+from sparseserve.plugin.watch.requests import RowOptions
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape, NewTokens, PageTable, Step, on_device
 
@@ -198,27 +198,27 @@ class SparseCUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
 
     def _step(self, common: CommonAttentionMetadata, rows: int, batch: Batch | None, draw: Draw | None) -> Step:
         seq_lens = common.seq_lens[:rows]
-        whole, budget = self._apart(seq_lens, None if batch is None else batch.rows)
+        whole, row_budget = self._apart(seq_lens, None if batch is None else batch.rows)
         in_prompt = common.is_prefilling[:rows]  # runner V2 leaves out rows of padding
         if in_prompt.any():
             # A prompt's last chunk of one token runs as a decode: the answer must not depend on where chunks end.
             whole[: in_prompt.shape[0]] |= in_prompt.to(self.device, non_blocking=True)
         table = PageTable(common.block_table_tensor[:rows], seq_lens)
         measured = () if draw is None else draw.layers
-        step = self._buffers.step(table, whole, budget, measured, launched=self._recall.layers)
+        step = self._buffers.step(table, whole, row_budget, measured, launched=self._recall.layers)
         self._policy.prepare(step, self._model)
         return step
 
-    def _apart(self, seq_lens: Tensor, apart: Rows | None) -> tuple[Tensor, Tensor | None]:
+    def _apart(self, seq_lens: Tensor, apart: RowOptions | None) -> tuple[Tensor, Tensor | None]:
         """Which rows [B] attend to everything, and what their budgets are."""
         if apart is None:
             return seq_lens <= self._policy.dense_up_to, None
         numbers = torch.zeros(3, seq_lens.shape[0], dtype=torch.int32)
         real = min(len(apart.requests), numbers.shape[1])  # the others are padding
-        for number, given in zip(numbers, (apart.dense_up_to, apart.dense, apart.budget), strict=True):
+        for number, given in zip(numbers, (apart.dense_up_to, apart.dense, apart.row_budget), strict=True):
             number[:real] = given[:real]
-        dense_up_to, dense, budget = numbers.to(self.device, non_blocking=True)
-        return (seq_lens <= dense_up_to) | (dense != 0), budget
+        dense_up_to, dense, row_budget = numbers.to(self.device, non_blocking=True)
+        return (seq_lens <= dense_up_to) | (dense != 0), row_budget
 
     def _metadata(self, common: CommonAttentionMetadata, step: Step) -> SparseCUDAMetadata:
         rows = step.table.seq_lens.shape[0]

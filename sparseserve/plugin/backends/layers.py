@@ -140,7 +140,7 @@ def group_heads(config: VllmConfig, policy: Policy) -> HeadGroups | None:
     layer = next(iter(get_layers_from_vllm_config(config, Attention).values()))
     model = model_shape(config, head_shape(layer), get_tensor_model_parallel_rank())
     storage = store_heads(policy, model)
-    if storage.spans == (None,):
+    if storage.windows == (None,):
         return None
     rows, device = config.scheduler_config.max_num_seqs, torch.device(config.device_config.device)
     tokens = config.scheduler_config.max_num_batched_tokens

@@ -62,7 +62,7 @@ class GroupedSteps:
         self._groups, self._policy, self._buffers, self._metadata = groups, policy, buffers, metadata
         storage = groups.storage
         self._full = {
-            len(storage.heads(layer, 0)) for layer in range(groups.model.layers) if storage.spans[0] is None
+            len(storage.heads(layer, 0)) for layer in range(groups.model.layers) if storage.windows[0] is None
         } - {0}
 
     def build(self, common: CommonAttentionMetadata) -> GroupedStep:
@@ -115,7 +115,7 @@ class GroupedHeads:
         # Tokens of a prompt at a time: on the CPU what they leave stays in its caches, on CUDA `scratch` holds as many.
         self.piece = PROMPT_PIECE if scratch is None else max(PROMPT_PIECE, groups.rows)
         self.places = storage.places[layer].to(device)
-        full = storage.heads(layer, 0) if storage.spans[0] is None else []
+        full = storage.heads(layer, 0) if storage.windows[0] is None else []
         windowed = [head for head in range(heads.kv_heads) if head not in full]
         self.full = Heads.of(full, heads.queries_per_kv, device) if full else None
         self.full_slots = storage.slots_of(layer, full)

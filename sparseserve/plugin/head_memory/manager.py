@@ -15,7 +15,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from sparseserve.footprint.groups import Span
+from sparseserve.footprint.groups import HeadWindow
 from sparseserve.plugin.head_memory import poison
 
 
@@ -23,22 +23,22 @@ from sparseserve.plugin.head_memory import poison
 class SinkWindowSpec(SlidingWindowSpec):
     """Pages that hold the sink or the last tokens of a row; `sliding_window` are the tokens that the longest keeps."""
 
-    span: Span
-    part: int  # groups of the same span have their own pages
+    window: HeadWindow
+    part: int  # groups of the same window have their own pages
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """Pages that a row holds at most: those it keeps, and those of tokens that are being computed."""
         longest = -(-max_model_len // self.block_size)
         kept = max(
-            self.span.pages(length, self.block_size)
-            for length in (min(self.span.dense_up_to, max_model_len), max_model_len)
+            self.window.pages(length, self.block_size)
+            for length in (min(self.window.dense_up_to, max_model_len), max_model_len)
         )
         return min(longest, kept + -(-max_in_flight_tokens // self.block_size) + 1)
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         """Whether the layers can share a page table."""
         return all(
-            isinstance(spec, SinkWindowSpec) and (spec.span, spec.part) == (self.span, self.part)
+            isinstance(spec, SinkWindowSpec) and (spec.window, spec.part) == (self.window, self.part)
             for spec in kv_cache_specs.values()
         )
 
@@ -52,9 +52,9 @@ class SinkWindowManager(SingleTypeKVCacheManager):
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         """Free what the token after the first `processed_computed_tokens` no longer needs."""
-        span = self.kv_cache_spec.span
-        first = span.sink_pages(self.block_size)
-        end = span.start(processed_computed_tokens + 1) // self.block_size
+        window = self.kv_cache_spec.window
+        first = window.sink_pages(self.block_size)
+        end = window.start(processed_computed_tokens + 1) // self.block_size
         if not poison.ENABLED:
             self._remove_blocks_in_range(request_id, first, end)
             return
@@ -77,7 +77,7 @@ class SinkWindowManager(SingleTypeKVCacheManager):
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """The longest prefix of which the sink's pages and those of the next token's window are cached."""
         assert isinstance(kv_cache_spec, SinkWindowSpec) and not drop_eagle_block
-        size, span = kv_cache_spec.block_size, kv_cache_spec.span
+        size, window = kv_cache_spec.block_size, kv_cache_spec.window
         hashes = resolve_block_hashes(
             block_hashes,
             block_pool.hash_block_size,
@@ -88,8 +88,8 @@ class SinkWindowManager(SingleTypeKVCacheManager):
         cached = [block_pool.get_cached_block(hashes[i], kv_cache_group_ids) for i in range(max_length // size)]
         missing = list(accumulate((blocks is None for blocks in cached), initial=0))  # before each page
         for end in range(len(cached), 0, -1):
-            sink = min(span.sink_pages(size), end)
-            start = max(sink, min(end, span.start(end * size + 1) // size))
+            sink = min(window.sink_pages(size), end)
+            start = max(sink, min(end, window.start(end * size + 1) // size))
             if end * size % alignment_tokens == 0 and missing[sink] == 0 and missing[start] == missing[end]:
                 kept = [*cached[:sink], *[None] * (start - sink), *cached[start:end]]
                 return _columns(kept, len(kv_cache_group_ids), block_pool.null_block), end * size

@@ -44,15 +44,15 @@ class HeadGroups:
         self.storage, self.model = storage, model
         self.rows, self._dtype = rows, dtype
         self.names: list[str] = []  # of every group's first layer
-        shape = len(storage.spans), rows, -(-model.max_len // model.page_size)
+        shape = len(storage.windows), rows, -(-model.max_len // model.page_size)
         self.tables = torch.zeros(shape, dtype=torch.int32, device=device)  # [R, rows, N]
-        self.slots = torch.full((len(storage.spans), tokens), -1, device=device)  # [R, tokens] int64, of new tokens
+        self.slots = torch.full((len(storage.windows), tokens), -1, device=device)  # [R, tokens] int64, of new tokens
 
     def register(self, config: VllmConfig) -> None:
         """Put a layer for every group but the first beside the model's own layers, of whose first it takes note."""
         context = config.compilation_config.static_forward_context
         first, self._first = next(iter(get_layers_from_vllm_config(config, Attention).items()))
-        self.names = [first, *(f"{first}.group{number}" for number in range(1, len(self.storage.spans)))]
+        self.names = [first, *(f"{first}.group{number}" for number in range(1, len(self.storage.windows)))]
         context.update({name: GroupLayer(self, number) for number, name in enumerate(self.names) if number})
 
     def layers_spec(self, spec: AttentionSpec) -> AttentionSpec:
@@ -65,7 +65,7 @@ class HeadGroups:
             remedy = f"give --block-size {spec.block_size}"
             raise UnsupportedError(Problem("--block-size", self.model.page_size, allowed, remedy=remedy))
         part = replace(spec, num_head_slots=1, state_content_bytes=self._part_bytes)
-        if self.storage.spans[0] is None:
+        if self.storage.windows[0] is None:
             return part
         return replace_as(part, SinkWindowSpec, drop=("attention_chunk_size", "non_causal"), **self._window(0))
 
@@ -82,9 +82,9 @@ class HeadGroups:
 
     def _window(self, number: int) -> dict[str, Any]:
         """What sets the spec of a group with a window apart."""
-        span, size = self.storage.spans[number], self.model.page_size
-        assert span is not None
-        return {"sliding_window": span.pages(self.model.max_len, size) * size, "span": span, "part": number}
+        window, size = self.storage.windows[number], self.model.page_size
+        assert window is not None
+        return {"sliding_window": window.pages(self.model.max_len, size) * size, "window": window, "part": number}
 
     @property
     def _part_bytes(self) -> int:

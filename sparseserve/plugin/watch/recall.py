@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.plugin.watch import metrics
-from sparseserve.plugin.watch.requests import Request
+from sparseserve.plugin.watch.requests import ServedRequest
 from sparseserve.policies import Policy
 from sparseserve.types import LayerPlan, Measurement
 
@@ -32,7 +32,7 @@ class Recall:
 
     def __init__(self, policy: Policy, plans: Sequence[LayerPlan]) -> None:
         self._policy, self._random, self._turn = policy, random.Random(0), 0
-        self._pending: tuple[Draw, Sequence[Request | None]] | None = None
+        self._pending: tuple[Draw, Sequence[ServedRequest | None]] | None = None
         size = -(-len(plans) // GROUPS)
         parts = [plans[first : first + size] for first in range(0, len(plans), size)]
         measured = {part: tuple(plan.layer for plan in plans if not plan.dense_output) for part, plans in _named(parts)}
@@ -60,7 +60,7 @@ class Recall:
         self._turn += 1
         return self._draws[self._turn % len(self._draws)]
 
-    def expect(self, draw: Draw, requests: Sequence[Request | None]) -> None:
+    def expect(self, draw: Draw, requests: Sequence[ServedRequest | None]) -> None:
         """Remember whose rows [B] a step measures."""
         self._pending = draw, requests
 
@@ -92,7 +92,7 @@ class Recall:
                 errors.observe(lost)
                 of_layer.observe(kept)
 
-    def _judge(self, request: Request, group: int, kept: float) -> None:
+    def _judge(self, request: ServedRequest, group: int, kept: float) -> None:
         request.recall = kept
         floor = self._policy.recall_floor
         if floor is None or request.dense:
@@ -106,10 +106,10 @@ class Recall:
             metrics.UNDER_FLOOR.labels(self._policy.name, self._policy.recall_action).inc()
         self._act(request)
 
-    def _act(self, request: Request) -> None:
+    def _act(self, request: ServedRequest) -> None:
         action = self._policy.recall_action
-        if action == "widen" and (wider := self._policy.wider(request.budget)):
-            request.budget, request.widened = wider, request.widened + 1
+        if action == "widen" and (wider := self._policy.wider(request.budget_tokens)):
+            request.budget_tokens, request.widened = wider, request.widened + 1
             metrics.BUDGET_WIDENED.labels(self._policy.name).inc()
         elif action != "report":
             request.dense, request.reason = True, "budget" if action == "widen" else "recall"
@@ -164,6 +164,6 @@ def _named(parts: Sequence[Sequence[LayerPlan]]) -> list[tuple[str, Sequence[Lay
     return [(f"{part[0].layer}-{part[-1].layer}", part) for part in parts]
 
 
-def rows_of(requests: Sequence[Request | None], chosen: Tensor) -> list[Request | None]:
+def rows_of(requests: Sequence[ServedRequest | None], chosen: Tensor) -> list[ServedRequest | None]:
     """The requests of rows `chosen` [B] int64."""
     return [requests[row] for row in chosen.tolist()]

@@ -20,6 +20,7 @@ from sparseserve.errors import ConfigError
 from sparseserve.plugin.watch.metrics import IGNORED_OPTIONS
 from sparseserve.policies import Policy
 from sparseserve.request_options import RequestOptions, read_options
+from sparseserve.types import POLICY_BUDGET
 
 logger = init_logger(f"vllm.{__name__}")
 ASKED = "request"
@@ -27,11 +28,11 @@ REMEMBERED = 1024  # ended requests whose outcome may still be asked for
 
 
 @dataclass(slots=True)
-class Request:
+class ServedRequest:
     """A request on this worker; its state lives as long as the request, also while it is preempted."""
 
     dense: bool  # attends to everything, as asked or by the guard
-    budget: int  # tokens, 0 for the policy's
+    budget_tokens: int | None  # None: the policy's
     reason: str = ""  # why it is dense: ASKED, or what the guard says
     recall: float | None = None  # least of the latest sample
     low: dict[int, int] = field(default_factory=dict)  # successive samples under the floor, by group of layers
@@ -39,23 +40,23 @@ class Request:
     widened: int = 0  # times
 
     @classmethod
-    def of(cls, options: RequestOptions) -> Request:
+    def of(cls, options: RequestOptions) -> ServedRequest:
         """A request that starts."""
         return cls(options.dense, options.budget_tokens, ASKED if options.dense else "")
 
     @property
     def plain(self) -> bool:
         """Whether it is the policy's as it stands."""
-        return not (self.dense or self.budget)
+        return not self.dense and self.budget_tokens is None
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RowOptions:
     """What sets the rows of a batch apart, where any is not the policy's as it stands."""
 
-    requests: Sequence[Request | None]  # of R rows; None for rows of padding
+    requests: Sequence[ServedRequest | None]  # of R rows; None for rows of padding
     dense: Tensor  # [R] bool
-    budget: Tensor  # [R] int32 tokens, 0 for the policy's
+    row_budget: Tensor  # [R] int32 tokens, or POLICY_BUDGET
     dense_up_to: Tensor  # [R] int32 tokens
 
     def asked(self, chosen: Tensor) -> int:
@@ -64,14 +65,14 @@ class Rows:
         return sum(one and request is not None and request.reason == ASKED for request, one in rows)
 
 
-class Requests:
+class ServedRequests:
     """The requests of one worker by vLLM's id."""
 
     def __init__(self, policy: Policy, runner: Any) -> None:
         self.policy = policy
         self._runner = runner
-        self._running: dict[str, Request] = {}
-        self._ended: OrderedDict[str, Request] = OrderedDict()
+        self._running: dict[str, ServedRequest] = {}
+        self._ended: OrderedDict[str, ServedRequest] = OrderedDict()
 
     def update(self, scheduled: SchedulerOutput) -> None:
         """Take note of requests that end and begin; one that was preempted goes on with the state that it had."""
@@ -83,7 +84,7 @@ class Requests:
         for new in scheduled.scheduled_new_reqs:
             if new.req_id not in self._running:
                 params = new.sampling_params
-                self._running[new.req_id] = Request.of(self._options(params and params.extra_args or {}))
+                self._running[new.req_id] = ServedRequest.of(self._options(params and params.extra_args or {}))
 
     def _options(self, xargs: dict[str, Any]) -> RequestOptions:
         try:
@@ -93,7 +94,7 @@ class Requests:
             IGNORED_OPTIONS.labels(self.policy.name).inc()
             return RequestOptions()
 
-    def rows(self, common: CommonAttentionMetadata) -> list[Request | None]:
+    def rows(self, common: CommonAttentionMetadata) -> list[ServedRequest | None]:
         """The requests of a batch's rows, in their order; None for padding and for rows that nobody asked for."""
         names = self._names(common)
         found = [self._running.get(name) for name in names[: common.num_reqs]]
@@ -116,18 +117,19 @@ class Requests:
         return {
             "policy": self.policy.name,
             "dense": any(request.dense for request in found),
-            "budget_tokens": max(request.budget for request in found),
+            "budget_tokens": max(request.budget_tokens or POLICY_BUDGET for request in found),
             "recall": min(recalls, default=None),
             "widened": sum(request.widened for request in found),
             "reason": next((request.reason for request in found if request.reason), ""),
         }
 
 
-def apart(requests: Sequence[Request | None], policy: Policy) -> Rows | None:
+def apart(requests: Sequence[ServedRequest | None], policy: Policy) -> RowOptions | None:
     """The rows as tensors; None where all are the policy's as it stands."""
     if all(request is None or request.plain for request in requests):
         return None
     dense = torch.tensor([request is not None and request.dense for request in requests])
-    budgets = [0 if request is None else request.budget for request in requests]
+    budgets = [None if request is None else request.budget_tokens for request in requests]
     up_to = [policy.dense_rows_up_to(budget) for budget in budgets]
-    return Rows(requests, dense, *(torch.tensor(numbers, dtype=torch.int32) for numbers in (budgets, up_to)))
+    own = [POLICY_BUDGET if budget is None else budget for budget in budgets]
+    return RowOptions(requests, dense, *(torch.tensor(numbers, dtype=torch.int32) for numbers in (own, up_to)))

@@ -66,7 +66,7 @@ class OptionReader:
             raise ConfigError(twice[0], given[twice[0]], f"none: {model} is a choice already", remedy=f"ask for {name}")
         self._check_keys(given, place)
         options = read_options({**given, **chosen}, self.policy)
-        if body.get("use_beam_search") and (options.dense or options.budget_tokens):
+        if body.get("use_beam_search") and options != RequestOptions():
             allowed = "false with a choice: vLLM's beam search decodes by prompts of its own, which lose it"
             raise ConfigError("use_beam_search", True, allowed, remedy="drop one of them")
         return options, _put(body, place, chosen) | {"model": name} if chosen else body
@@ -113,7 +113,7 @@ class OptionsMiddleware:
                 refusal = error(scope, HTTPStatus.BAD_REQUEST, str(wrong), wrong.problem.key)
                 return await refusal(scope, receive, send)
             scope[NAMED] = bool(body.get("request_id"))
-            choose(scope, "dense" if options.dense else "budget" if options.budget_tokens else "default")
+            choose(scope, "dense" if options.dense else "default" if options.budget_tokens is None else "budget")
             if wanted is not body:
                 raw = json.dumps(wanted).encode()
                 set_header(scope, b"content-length", str(len(raw)).encode())

@@ -221,9 +221,9 @@ class GroupedWorker:
 
     def spoil(self, row: int, length: int) -> None:
         """Fill the pages that a row frees once it has `length` tokens."""
-        for number, span in enumerate(self.groups.storage.spans):
-            if span is not None:
-                first, end = span.sink_pages(PAGE), span.start(length + 1) // PAGE
+        for number, window in enumerate(self.groups.storage.windows):
+            if window is not None:
+                first, end = window.sink_pages(PAGE), window.start(length + 1) // PAGE
                 self.groups.pages[self.tables[number, row, first:end].long()] = torch.nan
 
 

@@ -24,35 +24,35 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from sparseserve.footprint.groups import Span
+from sparseserve.footprint.groups import HeadWindow
 from sparseserve.plugin.head_memory import manager
 from sparseserve.plugin.head_memory.manager import SinkWindowSpec
 from tests.helpers.plugin.cuda_worker import vllm_config
 
 PAGE, MAX_LEN, ROWS = 4, 96, 4
-Spans = Sequence[Span | None]
+Windows = Sequence[HeadWindow | None]
 
 manager.register()
 init_none_hash(sha256)
 
 
-def spec(span: Span | None, part: int) -> FullAttentionSpec | SinkWindowSpec:
+def spec(window: HeadWindow | None, part: int) -> FullAttentionSpec | SinkWindowSpec:
     """Of pages of one head."""
     page: dict[str, Any] = {"block_size": PAGE, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
-    if span is None:
+    if window is None:
         return FullAttentionSpec(**page)
-    return SinkWindowSpec(**page, sliding_window=span.pages(MAX_LEN, PAGE) * PAGE, span=span, part=part)
+    return SinkWindowSpec(**page, sliding_window=window.pages(MAX_LEN, PAGE) * PAGE, window=window, part=part)
 
 
-def cache_config(spans: Spans, blocks: int) -> KVCacheConfig:
-    """A pool of `blocks` blocks, vLLM's null block among them, for a group of each span."""
-    groups = [KVCacheGroupSpec([f"group{part}"], spec(span, part)) for part, span in enumerate(spans)]
+def cache_config(windows: Windows, blocks: int) -> KVCacheConfig:
+    """A pool of `blocks` blocks, vLLM's null block among them, for a group of each window."""
+    groups = [KVCacheGroupSpec([f"group{part}"], spec(window, part)) for part, window in enumerate(windows)]
     return KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
-def page_manager(spans: Spans, blocks: int = 200, in_flight: int = MAX_LEN, caching: bool = True) -> KVCacheManager:
+def page_manager(windows: Windows, blocks: int = 200, in_flight: int = MAX_LEN, caching: bool = True) -> KVCacheManager:
     """vLLM's manager of the pages of all groups."""
-    return KVCacheManager(cache_config(spans, blocks), MAX_LEN, PAGE, PAGE, in_flight, enable_caching=caching)
+    return KVCacheManager(cache_config(windows, blocks), MAX_LEN, PAGE, PAGE, in_flight, enable_caching=caching)
 
 
 def request(name: str, prompt: Sequence[int], answer: int = 1) -> Request:
@@ -71,10 +71,10 @@ def held(blocks: Sequence[KVCacheBlock]) -> set[int]:
     return {page for page, block in enumerate(blocks) if not block.is_null}
 
 
-def needed(span: Span | None, processed: int, computed: int) -> set[int]:
+def needed(window: HeadWindow | None, processed: int, computed: int) -> set[int]:
     """Pages of a row of `computed` tokens, of which the first `processed` were there before the latest step."""
     pages = set(range(-(-computed // PAGE)))
-    return pages if span is None else pages - set(range(span.sink_pages(PAGE), span.start(processed + 1) // PAGE))
+    return pages if window is None else pages - set(range(window.sink_pages(PAGE), window.start(processed + 1) // PAGE))
 
 
 class Server:
@@ -83,18 +83,18 @@ class Server:
     With `ahead` the scheduler plans a step before it knows what the one before sampled (`--async-scheduling`).
     """
 
-    def __init__(self, spans: Spans, spare: int, budget: int, caching: bool, ahead: bool) -> None:
+    def __init__(self, windows: Windows, spare: int, budget: int, caching: bool, ahead: bool) -> None:
         """`spare` blocks more than one row of the longest length needs."""
-        self.spans, config = spans, _config(budget, caching, ahead)
-        specs = [spec(span, part) for part, span in enumerate(spans)]
+        self.windows, config = windows, _config(budget, caching, ahead)
+        specs = [spec(window, part) for part, window in enumerate(windows)]
         least = sum(-(-each.max_memory_usage_bytes(config) // each.page_size_bytes) for each in specs)
         self.blocks = config.cache_config.num_gpu_blocks = least + spare + 1
         structured = StructuredOutputManager(config)
         kind = AsyncScheduler if ahead else Scheduler
-        self.scheduler = kind(config, cache_config(spans, self.blocks), structured, PAGE)
+        self.scheduler = kind(config, cache_config(windows, self.blocks), structured, PAGE)
         self.manager = self.scheduler.kv_cache_manager
         self.pool = self.manager.block_pool
-        self.worker = Worker(spans, self.blocks)
+        self.worker = Worker(windows, self.blocks)
 
         self.processed: dict[str, int] = {}  # tokens of a row that were through when its latest step was planned
         self._ahead, self._steps = int(ahead), deque[tuple[SchedulerOutput, ModelRunnerOutput]]()
@@ -137,12 +137,12 @@ class Worker:
     A token is known by itself and all tokens before it, as its keys and values depend on them.
     """
 
-    def __init__(self, spans: Spans, blocks: int) -> None:
-        self.spans = spans
+    def __init__(self, windows: Windows, blocks: int) -> None:
+        self.windows = windows
         self.tables: dict[str, list[list[int]]] = {}  # of every group
         self.before: dict[str, int] = {}  # tokens before a row's latest step
         self.sampled: dict[str, list[int]] = {}  # tokens that the scheduler has not been told of
-        self.content = np.zeros((len(spans), blocks, PAGE), dtype=np.int64)  # what a group last wrote there
+        self.content = np.zeros((len(windows), blocks, PAGE), dtype=np.int64)  # what a group last wrote there
         self.owner = np.full(blocks, -1)  # the group that wrote to a block last
 
     def compute(self, output: SchedulerOutput, rows: dict[str, Request]) -> dict[str, list[int]]:
@@ -174,8 +174,8 @@ class Worker:
         for name, new_ids, before in zip(cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True):
             self.before[name] = before
             if name in cached.resumed_req_ids:
-                self.tables[name] = [[] for _ in self.spans]
-            for table, ids in zip(self.tables[name], new_ids or [[] for _ in self.spans], strict=True):
+                self.tables[name] = [[] for _ in self.windows]
+            for table, ids in zip(self.tables[name], new_ids or [[] for _ in self.windows], strict=True):
                 table += ids
 
     def _write(self, name: str, positions: np.ndarray, tokens: np.ndarray) -> None:
@@ -187,8 +187,8 @@ class Worker:
 
     def _read(self, name: str, count: int, tokens: np.ndarray) -> None:
         before = self.before[name]
-        for group, (span, table) in enumerate(zip(self.spans, self.tables[name], strict=True)):
-            sink, start = (0, 0) if span is None else (span.sink, span.start(before + 1))
+        for group, (window, table) in enumerate(zip(self.windows, self.tables[name], strict=True)):
+            sink, start = (0, 0) if window is None else (window.sink, window.start(before + 1))
             end = before + count
             positions = np.array([*range(min(sink, start)), *range(start, end)])
             blocks = np.array(table)[positions // PAGE]

@@ -23,7 +23,7 @@ from sparseserve.plugin import settings
 from sparseserve.plugin.backends.cuda import SparseCUDABackend
 from sparseserve.plugin.watch import meter as stats
 from sparseserve.plugin.watch import metrics
-from sparseserve.plugin.watch.requests import Request
+from sparseserve.plugin.watch.requests import ServedRequest
 from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.request_options import RequestOptions
 from sparseserve.server.launch.serve import cuda_flags, parse
@@ -154,10 +154,10 @@ def test_a_decode_batch_attends_to_what_the_policy_selects(
 class Asked:
     """Stands for the requests of a worker: row r is one of `requests`."""
 
-    def __init__(self, *requests: Request) -> None:
+    def __init__(self, *requests: ServedRequest) -> None:
         self.requests, self.policy = requests, None
 
-    def rows(self, common: Any) -> list[Request | None]:
+    def rows(self, common: Any) -> list[ServedRequest | None]:
         return [*self.requests, *[None] * (common.num_reqs - len(self.requests))]
 
 
@@ -169,12 +169,12 @@ def test_rows_attend_to_what_their_requests_asked_for(start: Callable[..., Worke
     pages = page_table(bed)
     filled(worker, pages, key, value)
     asked = RequestOptions(), RequestOptions(dense=True), RequestOptions(budget_tokens=256)
-    worker.builder.serve(Asked(*map(Request.of, asked)))
+    worker.builder.serve(Asked(*map(ServedRequest.of, asked)))
     common = DECODE.metadata(pages, "cpu")
     metadata = worker.builder.build(0, common)
     padded = [torch.nn.functional.pad(query, (0, 0, 0, 0, 0, 2)), last_tokens(key, 0), last_tokens(value, 0)]
     outputs = stepped(worker, metadata, common.slot_mapping, *padded)
-    plain, wider = bed.decode(query).out, bed.decode(query, budget=torch.full((6,), 256, dtype=torch.int32)).out
+    plain, wider = bed.decode(query).out, bed.decode(query, row_budget=torch.full((6,), 256, dtype=torch.int32)).out
     dense = Bed(Dense(), model_shape(), LENGTHS).fill(key, value).decode(query).out
     assert not torch.equal(plain[:, 2], wider[:, 2])
     for layer, out in enumerate(outputs):

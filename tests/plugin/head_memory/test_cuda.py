@@ -51,7 +51,7 @@ Start = Callable[..., GroupedWorker]
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
-    """Layers with one, no and only heads that keep everything; one group; six groups of three spans."""
+    """Layers with one, no and only heads that keep everything; one group; six groups of three windows."""
     folder = tmp_path_factory.mktemp("artifacts")
     heads, plan, rounded = folder / "heads.json", folder / "plan.json", folder / "rounded.json"
     heads.write_text(json.dumps({"0": [0], "1": [], "2": [0, 1]}))
@@ -117,8 +117,8 @@ def tokens() -> tuple[Tensor, Tensor, Tensor]:
 
 def new_tokens(half: Tensor, batch: Batch, rows: list[int]) -> Tensor:
     """Those of a batch [L, T, ...], NaN for padding."""
-    spans = zip(rows, batch.lengths, batch.new, strict=True)
-    mine = torch.cat([half[:, row, length - new : length] for row, length, new in spans], 1)
+    ends = zip(rows, batch.lengths, batch.new, strict=True)
+    mine = torch.cat([half[:, row, length - new : length] for row, length, new in ends], 1)
     return torch.nn.functional.pad(mine, (0, 0, 0, 0, 0, batch.padding), value=torch.nan)
 
 

@@ -19,7 +19,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheSpec, UniformTypeKVCacheSpecs
 from vllm.v1.request import Request
 
-from sparseserve.footprint.groups import Span, Storage
+from sparseserve.footprint.groups import HeadWindow, Storage
 from sparseserve.model import ModelShape
 from sparseserve.plugin.head_memory.manager import SinkWindowSpec
 from sparseserve.plugin.head_memory.pool import HeadGroups
@@ -29,7 +29,7 @@ from tests.helpers.plugin.scheduling import MAX_LEN, PAGE, blocks_of, cache_conf
 
 pytestmark = pytest.mark.vllm
 
-SHORT, LONG = Span(sink=5, alpha=8, beta=0), Span(sink=0, alpha=4, beta=0.5)
+SHORT, LONG = HeadWindow(sink=5, alpha=8, beta=0), HeadWindow(sink=0, alpha=4, beta=0.5)
 PROMPT = [*range(41)]
 
 
@@ -125,9 +125,9 @@ def test_pages_that_a_window_freed_still_serve_shorter_prefixes() -> None:
     assert tokens == 40 and all(block.ref_cnt == 0 for block in hit.blocks[1][8:])
 
 
-@pytest.mark.parametrize("spans", [[SHORT], [SHORT, LONG], [None, SHORT, SHORT]], ids=len)
-def test_a_prefix_without_full_heads_or_in_two_parts(spans: list[Span | None]) -> None:
-    manager = page_manager(spans)
+@pytest.mark.parametrize("windows", [[SHORT], [SHORT, LONG], [None, SHORT, SHORT]], ids=len)
+def test_a_prefix_without_full_heads_or_in_two_parts(windows: list[HeadWindow | None]) -> None:
+    manager = page_manager(windows)
     computed(manager, "first", PROMPT)
     assert manager.get_computed_blocks(request("second", PROMPT))[1] == 40
     last = blocks_of(manager, "first")[-1][9]
@@ -161,7 +161,7 @@ def test_a_row_that_goes_leaves_nothing(ending: str) -> None:
 
 
 SPANS = st.builds(
-    Span,
+    HeadWindow,
     sink=st.integers(0, 12),
     alpha=st.floats(-20, 40),
     beta=st.floats(0, 1),
@@ -172,9 +172,9 @@ SPANS = st.builds(
 
 @given(SPANS, st.integers(1, 40))
 @settings(max_examples=150, deadline=None)
-def test_no_row_holds_more_than_it_is_counted_for(span: Span, chunk: int) -> None:
-    most = spec(span, 0).max_admission_blocks_per_request(chunk, MAX_LEN)
-    manager = page_manager([span], most + 1, in_flight=chunk)
+def test_no_row_holds_more_than_it_is_counted_for(window: HeadWindow, chunk: int) -> None:
+    most = spec(window, 0).max_admission_blocks_per_request(chunk, MAX_LEN)
+    manager = page_manager([window], most + 1, in_flight=chunk)
     assert manager.coordinator.single_type_managers[0].max_admission_blocks_per_request == most
     row = request("row", range(MAX_LEN))
     while row.num_computed_tokens < row.num_tokens:
@@ -216,19 +216,19 @@ STORED = {
 
 def specs_of(groups: HeadGroups) -> dict[str, KVCacheSpec]:
     """What the layers of a model of four heads ask vLLM for."""
-    model, spans = groups.model, groups.storage.spans
+    model, windows = groups.model, groups.storage.windows
     plain = FullAttentionSpec(
         block_size=model.page_size, num_kv_heads=4, head_size=model.heads.head_dim, dtype=torch.bfloat16
     )
     layers: dict[str, KVCacheSpec] = {f"layer{layer}": groups.layers_spec(plain) for layer in range(model.layers)}
-    return layers | {f"group{number}": groups.group_spec(number) for number in range(1, len(spans))}
+    return layers | {f"group{number}": groups.group_spec(number) for number in range(1, len(windows))}
 
 
 @pytest.mark.parametrize("name", STORED)
 def test_vllm_makes_a_group_of_every_group(name: str, tmp_path: Path) -> None:
-    layers, slots, spans = STORED[name]
+    layers, slots, windows = STORED[name]
     model = ModelShape("m", layers, HeadShape(4, 2, head_dim=16), max_len=448, page_size=16)
-    storage = Storage(slots, spans, torch.zeros(layers, 4, 2, dtype=torch.int32))
+    storage = Storage(slots, windows, torch.zeros(layers, 4, 2, dtype=torch.int32))
     specs = specs_of(HeadGroups(storage, model, torch.bfloat16, rows=2, tokens=8, device=torch.device("cpu")))
     config = vllm_config(tmp_path)
     config.cache_config.kv_cache_layout = KVCacheLayout.BLHNC.name
@@ -236,17 +236,19 @@ def test_vllm_makes_a_group_of_every_group(name: str, tmp_path: Path) -> None:
     part = -(-slots * 32 // layers) * 2 * 16  # bytes of a layer's part of a page: 32 numbers a slot and token
     block = layers * part
     assert 0 <= block - slots * 32 * 2 * 16 < layers * 2 * 16
-    longest = sum(28 if span is None else span.pages(448, 16) + 3 for span in spans)  # 2 for a chunk, 1 for its start
+    longest = sum(
+        28 if window is None else window.pages(448, 16) + 3 for window in windows
+    )  # 2 for a chunk, 1 for its start
     with pytest.raises(ValueError, match="max seq len"):
         get_kv_cache_configs(config, [specs], [longest * block])
     (made,) = get_kv_cache_configs(config, [specs], [(longest + 1) * block])  # one is vLLM's null block
 
     assert made.num_blocks == longest + 1
-    named = [[f"layer{layer}" for layer in range(layers)], *([f"group{n}"] for n in range(1, len(spans)))]
+    named = [[f"layer{layer}" for layer in range(layers)], *([f"group{n}"] for n in range(1, len(windows)))]
     assert [group.layer_names for group in made.kv_cache_groups] == named
     kinds = [group.kv_cache_spec for group in made.kv_cache_groups]
     firsts = [kind.first_spec if isinstance(kind, UniformTypeKVCacheSpecs) else kind for kind in kinds]
-    assert [getattr(first, "span", None) for first in firsts] == [*spans]
+    assert [getattr(first, "window", None) for first in firsts] == [*windows]
     tensors = made.kv_cache_tensors
     assert {(tensor.offset, tensor.block_stride) for tensor in tensors} == {(0, block)}
     assert tensors[0].layer_stride == part

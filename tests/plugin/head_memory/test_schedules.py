@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from vllm.v1.request import Request, RequestStatus
 
-from sparseserve.footprint.groups import Span
+from sparseserve.footprint.groups import HeadWindow
 from tests.helpers.plugin.scheduling import MAX_LEN, PAGE, ROWS, Server, blocks_of, held, known, needed, request
 
 pytestmark = pytest.mark.vllm
 
 WINDOWS = st.builds(
-    Span,
+    HeadWindow,
     sink=st.sampled_from([0, 3, 4, 9]),
     alpha=st.sampled_from([-8.0, 0.0, 6.0, 13.0]),
     beta=st.sampled_from([0.0, 0.25, 0.6]),
@@ -37,14 +37,14 @@ class Schedules(RuleBasedStateMachine):
     """What people may do to a server, in any order."""
 
     @initialize(
-        spans=GROUPS,
+        windows=GROUPS,
         spare=st.integers(0, 40),
         budget=st.sampled_from([5, 16, 64]),
         caching=st.sampled_from([True, True, False]),
         ahead=st.booleans(),
     )
-    def start(self, spans: list[Span | None], spare: int, budget: int, caching: bool, ahead: bool) -> None:
-        self.server, self.ahead = Server(spans, spare, budget, caching, ahead), ahead
+    def start(self, windows: list[HeadWindow | None], spare: int, budget: int, caching: bool, ahead: bool) -> None:
+        self.server, self.ahead = Server(windows, spare, budget, caching, ahead), ahead
         self.prompts: list[list[int]] = []
 
     @property
@@ -81,8 +81,8 @@ class Schedules(RuleBasedStateMachine):
     def pages_are_those_that_are_needed(self) -> None:
         for row in self.running:
             processed = self.server.processed[row.request_id]
-            for span, blocks in zip(self.server.spans, blocks_of(self.server.manager, row.request_id), strict=True):
-                assert held(blocks) == needed(span, processed, row.num_computed_tokens)
+            for window, blocks in zip(self.server.windows, blocks_of(self.server.manager, row.request_id), strict=True):
+                assert held(blocks) == needed(window, processed, row.num_computed_tokens)
 
     @invariant()
     def requests_that_wait_hold_nothing(self) -> None:

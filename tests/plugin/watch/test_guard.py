@@ -10,7 +10,7 @@ import torch
 from sparseserve.model import ModelShape
 from sparseserve.plugin.watch import metrics
 from sparseserve.plugin.watch.recall import EVERY, GROUPS, CudaRecall, Recall
-from sparseserve.plugin.watch.requests import Request
+from sparseserve.plugin.watch.requests import ServedRequest
 from sparseserve.policies import Dense, Policy, Quest, Tidal
 from sparseserve.request_options import RequestOptions
 from sparseserve.types import HeadShape, Measurement
@@ -27,8 +27,8 @@ def plans(policy: Policy) -> list[Any]:
     return list(policy.plans(MODEL))
 
 
-def plain() -> Request:
-    return Request.of(RequestOptions())
+def plain() -> ServedRequest:
+    return ServedRequest.of(RequestOptions())
 
 
 def measured(recall: list[float], error: float = 0.1) -> Measurement:
@@ -37,7 +37,7 @@ def measured(recall: list[float], error: float = 0.1) -> Measurement:
     return Measurement((), torch.empty(0), rows, torch.full_like(rows, error))
 
 
-def sampled(recall: Recall, requests: list[Request], kept: list[float], times: int = 1) -> None:
+def sampled(recall: Recall, requests: list[ServedRequest], kept: list[float], times: int = 1) -> None:
     """Samples in succession."""
     for _ in range(times):
         draw = recall.draw()
@@ -110,7 +110,7 @@ def test_budgets_double_up_to_the_largest_then_the_request_is_dense() -> None:
     budgets = []
     for _ in range(3):
         sampled(recall, [request, fine], [0.5, 0.95], times=2)
-        budgets.append((request.budget, request.dense))
+        budgets.append((request.budget_tokens, request.dense))
     assert budgets == [(1024, False), (1500, False), (1500, True)]
     assert request.widened == 2 and request.reason == "budget" and fine.plain
     assert count(metrics.BUDGET_WIDENED, "quest") == before[0] + 2
@@ -122,9 +122,9 @@ def test_budgets_double_up_to_the_largest_then_the_request_is_dense() -> None:
 
 def test_a_budget_that_a_request_asked_for_is_widened_from_there() -> None:
     policy = quest(recall_action="widen")
-    recall, request = Recall(policy, plans(policy)), Request.of(RequestOptions(budget_tokens=256))
+    recall, request = Recall(policy, plans(policy)), ServedRequest.of(RequestOptions(budget_tokens=256))
     sampled(recall, [request], [0.5], times=2)
-    assert request.budget == 512 and request.widened == 1
+    assert request.budget_tokens == 512 and request.widened == 1
 
 
 def test_reporting_changes_nothing() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparseserve.demo import circuits
-from sparseserve.footprint.groups import Span
+from sparseserve.footprint.groups import HeadWindow
 from sparseserve.footprint.stores import Memory, predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.plugin.backends.rows import RowSplit
@@ -56,7 +56,7 @@ def test_an_engine_tells_what_its_pool_holds(model: Path, tmp_path: Path) -> Non
 
 def freed(memory: Memory, length: int) -> int:
     """Pages that the token of this position does not need, in all page tables."""
-    return sum(group.tables * group.span.freed_pages(length, PAGE) for group in memory.groups if group.span)
+    return sum(group.tables * group.window.freed_pages(length, PAGE) for group in memory.groups if group.window)
 
 
 def stepped(model: Path, policy: Policy, runs: list[list[list[int]]]) -> tuple[list[list[dict[str, float]]], str]:
@@ -129,9 +129,11 @@ def test_windows_hold_less_and_say_what_left_them() -> None:
     dense = 24 * PAGE * 2 * 64 * 2
     policy = Streaming(sink_tokens=4, recent_tokens=252, min_tokens=0)
     kinds, gone, gain = counted(policy, [256, 1023], [512, 1024])
-    span = Span(4, 252, 0.0, 0, 256)
+    window = HeadWindow(4, 252, 0.0, 0, 256)
     assert kinds["full"] == kinds["summaries"] == 0
-    assert kinds["window"] == (8 + 16 - span.freed_pages(1024, PAGE)) * dense
+    assert kinds["window"] == (8 + 16 - window.freed_pages(1024, PAGE)) * dense
     assert kinds["dense_equivalent"] == 24 * dense
-    assert gone == span.freed_pages(513, PAGE) + span.freed_pages(1025, PAGE) - span.freed_pages(1024, PAGE) == 3 + 0
+    assert (
+        gone == window.freed_pages(513, PAGE) + window.freed_pages(1025, PAGE) - window.freed_pages(1024, PAGE) == 3 + 0
+    )
     assert gain == pytest.approx(32 / 5)

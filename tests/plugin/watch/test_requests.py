@@ -10,7 +10,7 @@ import torch
 
 from sparseserve.plugin.backends.rows import split_rows
 from sparseserve.plugin.watch import metrics
-from sparseserve.plugin.watch.requests import REMEMBERED, Requests, apart
+from sparseserve.plugin.watch.requests import REMEMBERED, ServedRequests, apart
 from sparseserve.policies import Policy, Quest, Streaming
 
 pytestmark = pytest.mark.vllm
@@ -41,8 +41,8 @@ def runner() -> Runner:
 
 
 @pytest.fixture
-def requests(runner: Runner) -> Requests:
-    table = Requests(POLICY, runner)
+def requests(runner: Runner) -> ServedRequests:
+    table = ServedRequests(POLICY, runner)
     table.update(scheduled({"a": None, "b": DENSE, "c": SMALL, "d": {"other": 1}}))
     return table
 
@@ -58,27 +58,27 @@ def batch(names: int, req_idx: Any = None, lengths: list[int] | None = None) -> 
     )
 
 
-def test_rows_follow_the_runner_whatever_their_order(requests: Requests, runner: Runner) -> None:
+def test_rows_follow_the_runner_whatever_their_order(requests: ServedRequests, runner: Runner) -> None:
     for order in ("abcd", "dcba", "cadb"):
         runner.input_batch.req_ids = list(order)
         rows = requests.rows(batch(5))  # a row of padding at the end
-        assert [row and (row.dense, row.budget) for row in rows[:4]] == [
-            {"a": (False, 0), "b": (True, 0), "c": (False, 128), "d": (False, 0)}[name] for name in order
+        assert [row and (row.dense, row.budget_tokens) for row in rows[:4]] == [
+            {"a": (False, None), "b": (True, None), "c": (False, 128), "d": (False, None)}[name] for name in order
         ]
         assert rows[4] is None
     runner.req_states.index_to_req_id = {7: "b", 3: "c"}  # runner V2 gives places in its table
     del runner.input_batch  # which V2 lacks
     rows = requests.rows(batch(3, req_idx=torch.tensor([3, 7, 9]).numpy()))
-    assert [row and (row.dense, row.budget) for row in rows] == [(False, 128), (True, 0), None]
+    assert [row and (row.dense, row.budget_tokens) for row in rows] == [(False, 128), (True, None), None]
     assert requests.rows(batch(2)) == [None, None]  # of the check at start
 
 
-def test_a_batch_of_plain_rows_costs_nothing(requests: Requests, runner: Runner) -> None:
+def test_a_batch_of_plain_rows_costs_nothing(requests: ServedRequests, runner: Runner) -> None:
     runner.input_batch.req_ids = ["a", "d"]
     assert apart(requests.rows(batch(2)), POLICY) is None
 
 
-def test_rows_split_by_what_they_asked_for(requests: Requests, runner: Runner) -> None:
+def test_rows_split_by_what_they_asked_for(requests: ServedRequests, runner: Runner) -> None:
     runner.input_batch.req_ids = list("abcd")
     rows = apart(requests.rows(batch(4)), POLICY)
     assert rows is not None
@@ -89,7 +89,7 @@ def test_rows_split_by_what_they_asked_for(requests: Requests, runner: Runner) -
     assert (short.short, rows.asked(short.asked)) == (4, 0)  # a short row is dense for its length
 
 
-def test_state_outlives_preemption_and_ends_with_the_request(requests: Requests, runner: Runner) -> None:
+def test_state_outlives_preemption_and_ends_with_the_request(requests: ServedRequests, runner: Runner) -> None:
     runner.input_batch.req_ids = ["a"]
     (row,) = requests.rows(batch(1))
     assert row is not None
@@ -101,7 +101,7 @@ def test_state_outlives_preemption_and_ends_with_the_request(requests: Requests,
     assert again is not None and not again.dense
 
 
-def test_outcomes_are_told_once_by_the_id_of_the_call(requests: Requests) -> None:
+def test_outcomes_are_told_once_by_the_id_of_the_call(requests: ServedRequests) -> None:
     requests.update(scheduled({"cmpl-q1-0-aa": SMALL, "cmpl-q1-1-bb": DENSE, "cmpl-q10-0-cc": None}))
     assert requests.outcome("q1") == {
         "policy": "quest", "dense": True, "budget_tokens": 128, "recall": None, "widened": 0, "reason": "request",
@@ -113,7 +113,7 @@ def test_outcomes_are_told_once_by_the_id_of_the_call(requests: Requests) -> Non
     assert requests.outcome("q") is None
 
 
-def test_ended_requests_do_not_pile_up(requests: Requests) -> None:
+def test_ended_requests_do_not_pile_up(requests: ServedRequests) -> None:
     for number in range(2 * REMEMBERED):
         requests.update(scheduled({f"cmpl-{number}-0": None}, ended={f"cmpl-{number - 1}-0"}))
     assert len(requests._ended) == REMEMBERED and len(requests._running) == 5
@@ -126,7 +126,7 @@ def test_ended_requests_do_not_pile_up(requests: Requests) -> None:
 def test_options_that_cannot_be_followed_are_counted_and_never_kill_the_worker(policy: Policy, xargs: Any) -> None:
     ignored = metrics.IGNORED_OPTIONS.labels(policy.name)
     before = ignored._value.get()
-    table = Requests(policy, runner := Runner())
+    table = ServedRequests(policy, runner := Runner())
     table.update(scheduled({"x": xargs}))
     runner.input_batch.req_ids = ["x"]
     (row,) = table.rows(batch(1))
