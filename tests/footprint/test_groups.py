@@ -138,7 +138,7 @@ LONGER = Streaming(sink_tokens=8, recent_tokens=200, min_tokens=0)
 @pytest.mark.parametrize("policy", [Dense(), LONGER, ROUNDED], ids=str)
 def test_heads_that_keep_every_page_are_one_group_and_attend_to_it(policy: Policy) -> None:
     model = shape(3, 2)
-    assert store_heads(policy, model).spans == (None,)
+    assert store_heads(policy, model).windows == (None,)
     assert [policy.expected_tokens(plan, 200) for plan in policy.plans(model)] == [200] * 3
 
 

@@ -51,7 +51,7 @@ def test_streaming_stores_its_sink_and_its_window(policy: Callable[[str], Policy
 
 def test_short_rows_store_everything(policy: Callable[[str], Policy]) -> None:
     stored = memory(policy("retrieval"))
-    assert [group.window(1024) for group in stored.groups] == [None, None]
+    assert [group.ends(1024) for group in stored.groups] == [None, None]
     assert stored.row(1024).window == 5 * stored.row(1024).full  # 20 heads beside 4
     assert stored.row(1025).window < stored.row(1024).window
 
@@ -62,7 +62,7 @@ def test_retrieval_heads_fill_a_page_and_the_others_five(policy: Callable[[str],
     assert stored.slots == 4 and stored.page_bytes == 6 * P * 86 * 2  # 512 numbers of a token, in six equal parts
     row = stored.row(LENGTH)
     assert (row.full, row.window) == (256 * stored.page_bytes, 5 * 3 * stored.page_bytes)
-    assert stored.groups[1].window(LENGTH) == (64, 192)
+    assert stored.groups[1].ends(LENGTH) == (64, 192)
 
 
 @pytest.mark.parametrize(("name", "ratio"), [("dense", 1.0), ("streaming-shared", 1.0), ("quest", 32 / 33)])
