@@ -61,11 +61,13 @@ def aliases(name: str, policy: Policy) -> list[str]:
     """The aliases of a served model to list: dense attention, and half to four times its budget, as far as allowed."""
     if not policy.per_request:
         return []
-    bounds = policy.budget_bounds
+    bounds = policy.budgets
     budgets: list[int] = []
     if bounds is not None:
-        tokens = getattr(policy, "budget_tokens")  # noqa: B009 (budget policies alone have bounds)
-        budgets = [size for size in (tokens // 2, tokens, 2 * tokens, 4 * tokens) if bounds[0] <= size <= bounds[1]]
+        tokens = bounds.default
+        budgets = [
+            size for size in (tokens // 2, tokens, 2 * tokens, 4 * tokens) if bounds.least <= size <= bounds.largest
+        ]
     changed = not (policy.frees_pages or isinstance(policy, Dense))  # by asking for dense attention
     endings = (["dense"] if changed else []) + [f"{BUDGET_ALIAS}{size}" for size in budgets]
     return [f"{name}{ALIAS}{ending}" for ending in endings]
@@ -88,10 +90,10 @@ def _dense(value: object, policy: Policy) -> bool:
 
 
 def _budget(value: object, policy: Policy) -> int:
-    bounds = policy.budget_bounds
+    bounds = policy.budgets
     if bounds is None:
         raise ConfigError(BUDGET, value, f"none: {policy.name} has no budget to change", remedy=f"drop {BUDGET}")
-    if type(value) is not int or not bounds[0] <= value <= bounds[1]:
-        allowed = f"a whole number from {bounds[0]} to {bounds[1]}, the server's max_budget_tokens"
+    if type(value) is not int or not bounds.least <= value <= bounds.largest:
+        allowed = f"a whole number from {bounds.least} to {bounds.largest}, the server's max_budget_tokens"
         raise ConfigError(BUDGET, value, allowed, remedy=f"give {BUDGET} within these bounds, or drop it")
     return value

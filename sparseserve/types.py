@@ -1,8 +1,9 @@
 """The few types that travel between policies, ops and the vLLM plugin.
 
 Shape alphabet of the whole project: B decode rows, H KV heads, G query heads per KV head, Hq = H * G query heads,
-Hs selection heads (1, H or Hq), D head dim, N pages of a row, P page size, S unit slots, U units per page,
-M physical pages, L layers. A *unit* is `unit_tokens` consecutive tokens; `unit_tokens` divides P.
+Hs selection heads (1, H or Hq), D head dim, N pages of a row, P page size, S slots of a page, U units per page, K units
+that a selection has room for, M physical pages, L layers. A *unit* is `unit_tokens` consecutive tokens; `unit_tokens`
+divides P.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from typing import Any
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparseserve.policies.base import Policy
 
 CPU = torch.device("cpu")
 POLICY_BUDGET = 0  # in a row's budget: the plan's, not one of its own
@@ -92,16 +97,16 @@ class Selection:
     """The tokens that every row and selection head attends to: the union of two spans and a list of units."""
 
     spans: Tensor  # [B, Hs, 2] int32: tokens [0, spans[0]) and [spans[1], seq_len)
-    units: Tensor  # [B, Hs, S] int32, ascending and unique in the first `count`
+    units: Tensor  # [B, Hs, K] int32, ascending and unique in the first `count`
     count: Tensor  # [B, Hs] int32
     unit_tokens: int
 
     @classmethod
-    def empty(cls, rows: int, heads: int, slots: int, unit_tokens: int, device: torch.device = CPU) -> Selection:
-        """Buffers for `rows` x `heads` selections of at most `slots` units."""
+    def empty(cls, rows: int, heads: int, units: int, unit_tokens: int, device: torch.device = CPU) -> Selection:
+        """Buffers for `rows` x `heads` selections of at most `units` units."""
         return cls(
             spans=torch.zeros(rows, heads, 2, dtype=torch.int32, device=device),
-            units=torch.zeros(rows, heads, slots, dtype=torch.int32, device=device),
+            units=torch.zeros(rows, heads, units, dtype=torch.int32, device=device),
             count=torch.zeros(rows, heads, dtype=torch.int32, device=device),
             unit_tokens=unit_tokens,
         )
@@ -112,11 +117,25 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
+class Budgets:
+    """The budgets in tokens that a policy's requests may have."""
+
+    default: int  # the policy's own
+    least: int
+    largest: int
+
+    def wider(self, budget_tokens: int | None) -> int | None:
+        """The next larger budget of a request; None where there is none."""
+        now = self.default if budget_tokens is None else budget_tokens
+        return min(2 * now, self.largest) if now < self.largest else None
+
+
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """A selection to be filled: sink, recent tokens, and the best units that the budget still allows.
 
     Rows within the budget are selected whole, without units. With a threshold, the units that score above it are
-    selected instead, whatever the budget; the slots must hold all units then.
+    selected instead, whatever the budget; there must be room for all units then.
 
     A row may have a budget of its own. Sink and recent tokens are taken even when they exceed it, and a row within it
     is selected whole under a threshold, too.
@@ -208,10 +227,39 @@ class LayerPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class PageState:
+    """What a policy keeps of a page, in the page's tail."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None  # None: the cache's
+
+    def bytes(self, element_bytes: int) -> int:
+        """Its size; `element_bytes` is that of a cached number."""
+        return prod(self.shape) * (element_bytes if self.dtype is None else self.dtype.itemsize)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseLayer:
+    """A layer's policy and plan, its cache and what the policy keeps of its pages, bound once the cache exists."""
+
+    policy: Policy
+    plan: LayerPlan
+    kv: PagedKV
+    page_state: Tensor | None  # [M, ...], in the tails of the pages
+    scale: float
+
+    @property
+    def state(self) -> Tensor:
+        """The page state of a policy that keeps one."""
+        assert self.page_state is not None
+        return self.page_state
+
+
+@dataclass(frozen=True, slots=True)
 class NewTokens:
     """Tokens whose keys and values were just written to the cache."""
 
-    slots: Tensor  # [T] int64, page * P + offset, -1 for padding
+    slot_mapping: Tensor  # [T] int64, page * P + offset, -1 for padding
     positions: Tensor  # [T] int64, in their rows
 
 

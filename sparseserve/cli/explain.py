@@ -53,7 +53,7 @@ def describe(explained: Explanation) -> dict[str, Any]:
         "layers": model.layers,
         "page_tokens": model.page_size,
         "dense_up_to": explained.policy.dense_up_to,
-        "unit_tokens": explained.policy.selection_unit if explained.policy.selection_slots(model.max_len) else None,
+        "unit_tokens": explained.policy.selection_unit if explained.policy.selection_units(model.max_len) else None,
         "kv_bytes_per_token": explained.kv_bytes * model.layers,
         "page_state_bytes_per_page": explained.page_state_bytes * model.layers,
         "page_state_bytes_per_token": explained.page_state_bytes * model.layers / model.page_size,

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
 from sparseserve import ops
-from sparseserve.policies.base import Policy
-from sparseserve.types import LayerPlan, Measurement, PagedKV, Role, Step
-
-
-@dataclass(frozen=True, slots=True)
-class SparseLayer:
-    """A layer's policy and plan, its cache and its summaries, bound once the cache exists."""
-
-    policy: Policy
-    plan: LayerPlan
-    kv: PagedKV
-    page_state: Tensor | None  # [M, ...], in the tails of the pages
-    scale: float
+from sparseserve.types import Measurement, Role, SparseLayer, Step
 
 
 def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> None:
@@ -27,13 +15,12 @@ def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> 
     plan = layer.plan
     selects = plan.role is Role.SELECT
     if selects and not plan.dense_output:
-        layer.policy.select(query, layer.kv, layer.page_state, plan, step, layer.scale)
+        layer.policy.select(layer, query, step)
     attended = step.attended_dense if plan.dense_output else step.attended
     ops.attend(
         query,
         layer.kv,
-        step.table.pages,
-        step.table.seq_lens,
+        step.table,
         step.attends_to(plan),
         layer.scale,
         out=out,
@@ -41,11 +28,11 @@ def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> 
         attended=attended[plan.layer],
         scratch=step.scratch,
     )
-    layer.policy.after_attend(query, layer.kv, layer.page_state, plan, step, layer.scale, out)
+    layer.policy.after_attend(layer, query, step, out)
     if step.measurement is not None and plan.layer in step.measurement.layers:
         _measure(layer, step, step.measurement, query, out)
     if selects and plan.dense_output:
-        layer.policy.select(query, layer.kv, layer.page_state, plan, step, layer.scale)
+        layer.policy.select(layer, query, step)
 
 
 def _measure(layer: SparseLayer, step: Step, measurement: Measurement, query: Tensor, out: Tensor) -> None:
@@ -53,8 +40,8 @@ def _measure(layer: SparseLayer, step: Step, measurement: Measurement, query: Te
 
     A row under the policy's floor takes the dense output at once, unless it is only to be reported.
     """
-    table, number = step.table, layer.plan.layer
+    number = layer.plan.layer
     spans = replace(step.everything, spans=measurement.spans[number])
-    dense, lse = ops.attend(query, layer.kv, table.pages, table.seq_lens, spans, layer.scale, scratch=step.scratch)
+    dense, lse = ops.attend(query, layer.kv, step.table, spans, layer.scale, scratch=step.scratch)
     floor = 0 if layer.policy.recall_action == "report" else layer.policy.recall_floor or 0
     ops.compare_outputs(out, step.lse, dense, lse, measurement.recall[number], measurement.error[number], floor)

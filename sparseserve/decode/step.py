@@ -58,7 +58,7 @@ class StepBuffers:
     ) -> None:
         selection_heads = heads.selection_heads(policy.head_scope)
         unit = policy.selection_unit
-        slots = policy.selection_slots(max_len)
+        slots = policy.selection_units(max_len)
         self._everything = Selection.empty(rows, 1, 0, unit, device)
         self._selection = Selection.empty(rows, selection_heads, slots, unit, device)
         self._window = _stack(plans, selection_heads, device)

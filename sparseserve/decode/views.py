@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparseserve.types import PagedKV
+from sparseserve.types import PagedKV, PageState
 
 
 def cpu_views(kv_cache: Tensor) -> PagedKV:
@@ -26,20 +26,15 @@ def cuda_views(kv_cache: Tensor) -> PagedKV:
     return PagedKV(key, value)
 
 
-def page_state(kv_cache: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> Tensor | None:
-    """The page summaries [M, *shape] in the tails of the pages of `kv_cache` [M, H, P, 2D]; None for no shape.
-
-    They are of `dtype`, or of the cache's for None.
-    """
-    if not shape:
+def page_state(kv_cache: Tensor, kept: PageState | None) -> Tensor | None:
+    """What a policy keeps, [M, *shape], in the tails of the pages of `kv_cache` [M, H, P, 2D]; None for nothing."""
+    if kept is None:
         return None
     pages, heads, page_size, width = kv_cache.shape
-    dtype = dtype or kv_cache.dtype
-    elements = torch.Size(shape).numel() * dtype.itemsize // kv_cache.element_size()
     tail = torch.as_strided(
         kv_cache,
-        (pages, elements),
+        (pages, kept.bytes(kv_cache.element_size()) // kv_cache.element_size()),
         (kv_cache.stride(0), 1),
         kv_cache.storage_offset() + heads * page_size * width,
     )
-    return tail.view(dtype).view(pages, *shape)
+    return tail.view(kept.dtype or kv_cache.dtype).view(pages, *kept.shape)

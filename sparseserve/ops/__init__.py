@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.ops.library import isa, kernels, use_isa
-from sparseserve.types import Bound, Gate, PagedKV, Selection, Wanted
+from sparseserve.types import Bound, Gate, PagedKV, PageTable, Selection, Wanted
 
 __all__ = [
     "attend",
@@ -59,8 +59,7 @@ def summarize_pages(key: Tensor, slots: Tensor, summary: Tensor, bound: Bound) -
 def score_pages(
     query: Tensor,
     summary: Tensor,
-    pages: Tensor,
-    seq_lens: Tensor,
+    table: PageTable,
     unit_tokens: int,
     bound: Bound,
     scores: Tensor | None = None,
@@ -69,20 +68,20 @@ def score_pages(
 ) -> Tensor:
     """Score every unit by what its summary says about its keys: q.center + |q|.half, the best of the group.
 
-    query [B, Hq, D]; summary [M, H, U, 2, D] of the same dtype; pages [B, N] int32; seq_lens [B] int32; scores
-    [B, H, >= units] fp32. MIN_MAX: centre and half width of the box, Quest (arXiv 2406.10774). MEAN_STD: mean and
-    standard deviation of the keys (arXiv 2605.27740). Unscaled. The last unit, complete or not, scores infinity: as in
-    Quest's code it is always taken. Units at or beyond the length are left as they are.
+    query [B, Hq, D]; summary [M, H, U, 2, D] of the same dtype; scores [B, H, >= units] fp32. MIN_MAX: centre and half
+    width of the box, Quest (arXiv 2406.10774). MEAN_STD: mean and standard deviation of the keys (arXiv 2605.27740).
+    Unscaled. The last unit, complete or not, scores infinity: as in Quest's code it is always taken. Units at or beyond
+    the length are left as they are.
     """
     kernels(query.device.type)
     if scores is None:
-        shape = query.shape[0], summary.shape[1], pages.shape[1] * summary.shape[2]
+        shape = query.shape[0], summary.shape[1], table.pages.shape[1] * summary.shape[2]
         scores = query.new_full(shape, -torch.inf, dtype=torch.float32)
     torch.ops.sparseserve.score_pages(
         query,
         summary,
-        pages,
-        seq_lens,
+        table.pages,
+        table.seq_lens,
         unit_tokens,
         _BOUNDS[bound],
         scores,
@@ -95,8 +94,7 @@ def score_pages(
 def score_tokens(
     query: Tensor,
     key: Tensor,
-    pages: Tensor,
-    seq_lens: Tensor,
+    table: PageTable,
     lse: Tensor,
     scale: float,
     scores: Tensor,
@@ -106,16 +104,15 @@ def score_tokens(
 ) -> Tensor:
     """The attention mass of every unit: sum of exp(scale * q.k - lse) over its tokens and a selection head's queries.
 
-    query [B, Hq, D]; key [M, H, P, D] of the same dtype; pages [B, N] int32; seq_lens [B] int32; lse [B, Hq] fp32,
-    natural log; scores [B, Hs, >= units] fp32. unit_tokens is 1, 16, 32 or 64. Units at or beyond the length are left
-    as they are.
+    query [B, Hq, D]; key [M, H, P, D] of the same dtype; lse [B, Hq] fp32, natural log; scores [B, Hs, >= units] fp32.
+    unit_tokens is 1, 16, 32 or 64. Units at or beyond the length are left as they are.
     """
     kernels(query.device.type)
     torch.ops.sparseserve.score_tokens(
         query,
         key,
-        pages,
-        seq_lens,
+        table.pages,
+        table.seq_lens,
         lse,
         scale,
         unit_tokens,
@@ -143,8 +140,7 @@ def summarize_gates(key: Tensor, slots: Tensor, positions: Tensor, gate: Gate, s
 def score_gates(
     query: Tensor,
     summary: Tensor,
-    pages: Tensor,
-    seq_lens: Tensor,
+    table: PageTable,
     unit_tokens: int,
     gate: Gate,
     scores: Tensor | None = None,
@@ -152,16 +148,18 @@ def score_gates(
 ) -> Tensor:
     """The logarithm of the share that a gate gives to every complete unit, and infinity for the last unit.
 
-    query [B, Hq, D], rotated at seq_len - 1; summary [M, H, U, E] fp32, gate keys; pages [B, N] int32; seq_lens [B]
-    int32; scores [B, H, >= units] fp32. Logits are q.k / sqrt(E); an incomplete last unit takes part in the softmax
-    with a logit of 0 (SeerAttention-R, arXiv 2506.08889). Units at or beyond the length are left as they are.
+    query [B, Hq, D], rotated at seq_len - 1; summary [M, H, U, E] fp32, gate keys; scores [B, H, >= units] fp32. Logits
+    are q.k / sqrt(E); an incomplete last unit takes part in the softmax with a logit of 0 (SeerAttention-R, arXiv
+    2506.08889). Units at or beyond the length are left as they are.
     """
     kernels(query.device.type)
     if scores is None:
-        shape = query.shape[0], summary.shape[1], pages.shape[1] * summary.shape[2]
+        shape = query.shape[0], summary.shape[1], table.pages.shape[1] * summary.shape[2]
         scores = query.new_full(shape, -torch.inf, dtype=torch.float32)
     weights = gate.query, gate.query_norm, gate.unrope, gate.rope
-    torch.ops.sparseserve.score_gates(query, summary, pages, seq_lens, unit_tokens, *weights, scores, *_parts(wanted))
+    torch.ops.sparseserve.score_gates(
+        query, summary, table.pages, table.seq_lens, unit_tokens, *weights, scores, *_parts(wanted)
+    )
     return scores
 
 
@@ -177,8 +175,7 @@ def select_units(scores: Tensor, seq_lens: Tensor, wanted: Wanted) -> None:
 def search_blocks(
     query: Tensor,
     key: Tensor,
-    pages: Tensor,
-    seq_lens: Tensor,
+    table: PageTable,
     state: Tensor,
     *,
     chunk_tokens: Sequence[int],
@@ -190,9 +187,9 @@ def search_blocks(
 ) -> None:
     """Fill the selection that is `wanted` with the units that a search in three stages finds, reading few keys.
 
-    query [B, Hq, D]; key [M, H, P, D] of the same dtype; pages [B, N] int32; seq_lens [B] int32. The selection is in
-    units of the last chunk, the sink a multiple of it; what counts is the budget, not a threshold. On CUDA `scores`
-    [B, Hs, >= most_chunks] fp32 is room for the scores of a stage.
+    query [B, Hq, D]; key [M, H, P, D] of the same dtype. The selection is in units of the last chunk, the sink a
+    multiple of it; what counts is the budget, not a threshold. On CUDA `scores` [B, Hs, >= most_chunks] fp32 is room
+    for the scores of a stage.
 
     A stage scores its chunks of chunk_tokens[i] tokens and keeps stage_tokens[i] tokens of the best, the last stage
     what the budget allows; ties go to the lower chunk. What is kept is split into the chunks of the next stage. The
@@ -209,13 +206,13 @@ def search_blocks(
     kernels(query.device.type)
     selection = wanted.selection
     if query.is_cuda and scores is None:
-        chunks = most_chunks(pages.shape[1] * key.shape[2], chunk_tokens, stage_tokens)
+        chunks = most_chunks(table.pages.shape[1] * key.shape[2], chunk_tokens, stage_tokens)
         scores = query.new_empty((*selection.count.shape, chunks), dtype=torch.float32)
     torch.ops.sparseserve.search_blocks(
         query,
         key,
-        pages,
-        seq_lens,
+        table.pages,
+        table.seq_lens,
         state,
         chunk_tokens,
         stage_tokens,
@@ -255,8 +252,7 @@ def write_tokens(key: Tensor, value: Tensor, slots: Tensor, kv: PagedKV) -> None
 def attend(
     query: Tensor,
     kv: PagedKV,
-    pages: Tensor,
-    seq_lens: Tensor,
+    table: PageTable,
     selection: Selection,
     scale: float,
     out: Tensor | None = None,
@@ -266,13 +262,14 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over a selection, every token once; returns (out, lse).
 
-    query, out [B, Hq, D] of the cache's dtype; pages [B, N] int32; seq_lens [B] int32; lse [B, Hq] fp32, natural log;
-    attended [B, Hs] int32, the number of tokens in the union. A row without tokens gives out 0 and lse -inf. What lies
-    outside the selection has no influence, and a row's result does not depend on the other rows.
+    query, out [B, Hq, D] of the cache's dtype; lse [B, Hq] fp32, natural log; attended [B, Hs] int32, the number of
+    tokens in the union. A row without tokens gives out 0 and lse -inf. What lies outside the selection has no
+    influence, and a row's result does not depend on the other rows.
 
-    With `kv.places` pages is [R, B, N], and KV head h lies in slot places[h, 1] of the pages of table places[h, 0]. The
-    strides of R and B are free, 0 where rows share a table. One selection of all heads (Hs = 1) needs them all in one
-    table. Pages without a selected token are not looked up, save a row's first on CUDA, which must be one of the pool.
+    With `kv.places` the table's pages are [R, B, N], and KV head h lies in slot places[h, 1] of the pages of table
+    places[h, 0]. The strides of R and B are free, 0 where rows share a table. One selection of all heads (Hs = 1) needs
+    them all in one table. Pages without a selected token are not looked up, save a row's first on CUDA, which must be
+    one of the pool.
     """
     kernels(query.device.type)
     rows, heads, _ = query.shape
@@ -283,8 +280,8 @@ def attend(
         query,
         kv.key,
         kv.value,
-        pages,
-        seq_lens,
+        table.pages,
+        table.seq_lens,
         selection.spans,
         selection.units,
         selection.count,

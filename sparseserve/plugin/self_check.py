@@ -25,7 +25,7 @@ from sparseserve.plugin.head_memory.attention import GroupedStep
 from sparseserve.plugin.settings import head_shape, policy_of
 from sparseserve.plugin.watch.metrics import SELF_CHECK
 from sparseserve.policies import Policy
-from sparseserve.types import CPU, LayerPlan, PagedKV, Selection, Step
+from sparseserve.types import CPU, LayerPlan, PagedKV, PageTable, Selection, Step
 
 ROUNDING = 1e-9  # of means over heads
 TOLERANCE = 0.05  # relative; numbers of 16 bits differ by a tenth of it
@@ -130,11 +130,12 @@ class _Row:
     def _reference(self, drawn: _Drawn, selection: Selection, scale: float) -> Tensor:
         """The reference's output [1, Hq, D] fp32, from what was drawn, not from what the cache holds."""
         kv = PagedKV(*(self._paged(part) for part in (drawn.key, drawn.value)))
-        pages, lengths = torch.arange(kv.key.shape[0], dtype=torch.int32)[None], torch.tensor([self._length])
+        pages = torch.arange(kv.key.shape[0], dtype=torch.int32)[None]
+        table = PageTable(pages, torch.tensor([self._length]))
         chosen = Selection(
             *(part.to(CPU) for part in (selection.spans, selection.units, selection.count)), selection.unit_tokens
         )
-        return reference.attend(drawn.query.to(CPU), kv, pages, lengths, chosen, scale)[0]
+        return reference.attend(drawn.query.to(CPU), kv, table, chosen, scale)[0]
 
     def _paged(self, tokens: Tensor) -> Tensor:
         """tokens [T, H, D] as pages [N, H, P, D] of one row."""

@@ -92,7 +92,7 @@ def check_attention(name: str, impl: AttentionImpl) -> None:
 def page_problems(vllm_config: VllmConfig, policy: Policy) -> Iterator[Problem]:
     """Pages that do not hold whole units."""
     page, unit = vllm_config.cache_config.block_size, policy.selection_unit
-    if policy.selection_slots(vllm_config.model_config.max_model_len) and page % unit:
+    if policy.selection_units(vllm_config.model_config.max_model_len) and page % unit:
         allowed = f"a multiple of {unit}, the unit_tokens of {policy.name}"
         yield Problem("--block-size", page, allowed, remedy=f"give --block-size {-(-page // unit) * unit}")
 

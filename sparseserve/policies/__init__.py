@@ -1,6 +1,7 @@
 """The policies, by name."""
 
-from sparseserve.policies.base import BudgetPolicy, Policy
+from sparseserve.policies.base import Policy
+from sparseserve.policies.budget import BudgetPolicy
 from sparseserve.policies.dense import Dense
 from sparseserve.policies.hip import Hip
 from sparseserve.policies.moa import Moa

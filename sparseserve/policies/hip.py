@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sparseserve import ops
 from sparseserve.model import ModelShape
-from sparseserve.policies.base import BudgetPolicy, PositiveTokens, Tokens
-from sparseserve.types import HeadShape, LayerPlan, NewTokens, PagedKV, Scope, Step
+from sparseserve.policies.budget import BudgetPolicy
+from sparseserve.policies.serving import PositiveTokens, Tokens
+from sparseserve.types import Budgets, HeadShape, LayerPlan, NewTokens, PageState, Scope, SparseLayer, Step
 
 Steps = Annotated[int, Field(ge=1)]
 _COUNTERS = 4  # words of a page's state before the lists of chunks
@@ -41,7 +42,6 @@ class Hip(BudgetPolicy):
     name: ClassVar[str] = "hip"
     description: ClassVar[str] = "The blocks that a search in three stages finds by a few keys; most steps reuse them."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2502.08910"
-    page_state_dtype: ClassVar[torch.dtype | None] = torch.int32
 
     budget_tokens: PositiveTokens = Field(3328, description="tokens a head attends to, sink and recent included")
     sink_tokens: Tokens = Field(256, description="first tokens, always attended to; a multiple of the last chunk")
@@ -90,7 +90,7 @@ class Hip(BudgetPolicy):
         return budget - self.sink_tokens - self.recent_tokens
 
     @property
-    def budget_bounds(self) -> tuple[int, int] | None:
+    def budgets(self) -> Budgets | None:
         return None  # what a search found lies in the row's last page, in room of one size
 
     @property
@@ -101,7 +101,7 @@ class Hip(BudgetPolicy):
     def selection_unit(self) -> int:
         return self.chunk_tokens[-1]
 
-    def selection_slots(self, max_len: int) -> int:
+    def selection_units(self, max_len: int) -> int:
         return self._searched_tokens // self.selection_unit
 
     def scored_units(self, max_len: int) -> int:
@@ -139,33 +139,30 @@ class Hip(BudgetPolicy):
         assert plan.budget is not None
         return replace(plan, budget=torch.full_like(plan.budget, self.wide_budget_tokens))
 
-    def page_state_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
+    def page_state(self, heads: HeadShape, page_size: int) -> PageState | None:
         kept = sum(tokens // chunk for tokens, chunk in zip(self.stage_tokens, self.chunk_tokens, strict=False))
-        words = _COUNTERS + kept + self.selection_slots(0)
-        return (heads.selection_heads(self.head_scope), -(-words // _LINE) * _LINE)
+        words = _COUNTERS + kept + self.selection_units(0)
+        return PageState((heads.selection_heads(self.head_scope), -(-words // _LINE) * _LINE), torch.int32)
 
-    def update_pages(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
+    def update_pages(self, layer: SparseLayer, new: NewTokens) -> None:
         """Forget what the pages that begin remember of the rows that had them before."""
-        kept = (new.slots % kv.page_size).clamp(max=1).int()  # 0 for the first token of a page, 1 for padding
-        pages = new.slots.clamp(min=0) // kv.page_size
-        heads = summary.shape[1]
+        size, state = layer.kv.page_size, layer.state
+        kept = (new.slot_mapping % size).clamp(max=1).int()  # 0 for the first token of a page, 1 for padding
+        pages = new.slot_mapping.clamp(min=0) // size
+        heads = state.shape[1]
         # A product has no order among the tokens of a page, and its shapes do not depend on how many pages begin.
-        summary[:, :, 0].scatter_reduce_(0, pages[:, None].expand(-1, heads), kept[:, None].expand(-1, heads), "prod")
+        state[:, :, 0].scatter_reduce_(0, pages[:, None].expand(-1, heads), kept[:, None].expand(-1, heads), "prod")
 
-    def select(
-        self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float
-    ) -> None:
-        assert summary is not None
+    def select(self, layer: SparseLayer, query: Tensor, step: Step) -> None:
         ops.search_blocks(
             query,
-            kv.key,
-            step.table.pages,
-            step.table.seq_lens,
-            summary,
+            layer.kv.key,
+            step.table,
+            layer.state,
             chunk_tokens=self.chunk_tokens,
             stage_tokens=self.stage_tokens,
             refresh_steps=self.refresh_steps,
-            wanted=self.wanted(plan, step),
+            wanted=self.wanted(layer.plan, step),
             scores=step.scores,
             scratch=step.scratch,
         )

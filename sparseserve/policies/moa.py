@@ -8,7 +8,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from sparseserve.model import ModelShape
-from sparseserve.policies.base import PositiveTokens, Tokens, WindowPolicy, load_artifact
+from sparseserve.policies.artifact import load_artifact
+from sparseserve.policies.serving import PositiveTokens, Tokens
+from sparseserve.policies.window import WindowPolicy
 from sparseserve.types import LayerPlan, Role, Scope, Window
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from sparseserve import ops
 from sparseserve.model import ModelShape
-from sparseserve.policies.base import PositiveTokens, ScorePolicy, Tokens
-from sparseserve.types import Bound, HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step
+from sparseserve.policies.budget import ScorePolicy
+from sparseserve.policies.serving import PositiveTokens, Tokens
+from sparseserve.types import Bound, HeadShape, LayerPlan, NewTokens, PageState, Role, Scope, SparseLayer, Step
 
 
 def _bound(value: object) -> object:
@@ -52,25 +53,20 @@ class Quest(ScorePolicy):
             for layer in range(model.layers)
         )
 
-    def page_state_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
-        return (heads.kv_heads, page_size // self.unit_tokens, 2, heads.head_dim)
+    def page_state(self, heads: HeadShape, page_size: int) -> PageState | None:
+        return PageState((heads.kv_heads, page_size // self.unit_tokens, 2, heads.head_dim))
 
-    def update_pages(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
-        ops.summarize_pages(kv.key, new.slots, summary, self.bound)
+    def update_pages(self, layer: SparseLayer, new: NewTokens) -> None:
+        ops.summarize_pages(layer.kv.key, new.slot_mapping, layer.state, self.bound)
 
-    def select(
-        self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float
-    ) -> None:
-        assert summary is not None
-        table = step.table
+    def select(self, layer: SparseLayer, query: Tensor, step: Step) -> None:
         ops.score_pages(
             query,
-            summary,
-            table.pages,
-            table.seq_lens,
+            layer.state,
+            step.table,
             self.unit_tokens,
             self.bound,
             scores=step.scores,
-            wanted=self.wanted(plan, step),
+            wanted=self.wanted(layer.plan, step),
             scratch=step.scratch,
         )

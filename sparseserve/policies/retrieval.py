@@ -13,8 +13,10 @@ from torch import Tensor
 
 from sparseserve.artifacts import Artifact
 from sparseserve.model import ModelShape
-from sparseserve.policies.base import PositiveTokens, Tokens, WindowPolicy, load_artifact
-from sparseserve.types import HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step, Window
+from sparseserve.policies.artifact import load_artifact
+from sparseserve.policies.serving import PositiveTokens, Tokens
+from sparseserve.policies.window import WindowPolicy
+from sparseserve.types import HeadShape, LayerPlan, NewTokens, PageState, Role, Scope, SparseLayer, Step, Window
 
 SINK_TOKENS, RECENT_TOKENS = 64, 1024  # where neither the artifact nor the user says
 
@@ -101,39 +103,37 @@ class Retrieval(WindowPolicy):
             recent if self.recent_tokens is None else self.recent_tokens,
         )
 
-    def page_state_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
-        return (2, heads.kv_heads, heads.head_dim) if self.compensate else ()  # means of keys and of values
+    def page_state(self, heads: HeadShape, page_size: int) -> PageState | None:
+        return PageState((2, heads.kv_heads, heads.head_dim)) if self.compensate else None  # means of keys, of values
 
-    def update_pages(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
-        ends = new.slots[(new.slots >= 0) & ((new.slots + 1) % kv.page_size == 0)]
-        full = ends // kv.page_size
-        for half, pool in enumerate((kv.key, kv.value)):
-            summary[full, half] = pool[full].float().mean(2).to(summary.dtype)
+    def update_pages(self, layer: SparseLayer, new: NewTokens) -> None:
+        slots, size = new.slot_mapping, layer.kv.page_size
+        full = slots[(slots >= 0) & ((slots + 1) % size == 0)] // size
+        for half, pool in enumerate((layer.kv.key, layer.kv.value)):
+            layer.state[full, half] = pool[full].float().mean(2).to(layer.state.dtype)
 
     def scored_bytes(self, plan: LayerPlan, model: ModelShape, length: int, element_bytes: int) -> int:
         if not self.compensate or plan.role is not Role.WINDOW:
             return 0
         return -(-length // model.page_size) * self.page_state_bytes(model.heads, model.page_size, element_bytes)
 
-    def after_attend(
-        self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float, out: Tensor
-    ) -> None:
-        if plan.role is not Role.WINDOW or summary is None:
+    def after_attend(self, layer: SparseLayer, query: Tensor, step: Step, out: Tensor) -> None:
+        if layer.plan.role is not Role.WINDOW or layer.page_state is None:
             return
-        spans = step.windows[plan.layer].minimum(step.table.seq_lens[:, None, None])
-        first, last = (spans // kv.page_size).unbind(-1)  # [B, H], in pages
-        key, value = mean_of_pages(summary, step.table.pages, first[:, 0], last.amax(1)).unbind(1)
+        spans = step.windows[layer.plan.layer].minimum(step.table.seq_lens[:, None, None])
+        first, last = (spans // layer.kv.page_size).unbind(-1)  # [B, H], in pages
+        key, value = mean_of_pages(layer.page_state, step.table.pages, first[:, 0], last.amax(1)).unbind(1)
         group = query.shape[1] // key.shape[1]
         key, value, drops = (part.repeat_interleave(group, 1) for part in (key, value, last > first))
-        logit = scale * (query.float() * key).sum(-1)
+        logit = layer.scale * (query.float() * key).sum(-1)
         weight = torch.where(drops, (logit - step.lse).sigmoid(), 0)[..., None]
         out.copy_(out.float().lerp(value, weight))
 
 
-def mean_of_pages(summary: Tensor, pages: Tensor, first: Tensor, last: Tensor) -> Tensor:
+def mean_of_pages(state: Tensor, pages: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """Means of the keys and of the values, [B, 2, H, D] fp32, in pages [first, last) [B] of every row; 0 for none."""
     means = []
     for row, start, end in zip(pages, first.tolist(), last.tolist(), strict=True):
-        dropped = summary.index_select(0, row[start:end])  # indexing is five times slower
+        dropped = state.index_select(0, row[start:end])  # indexing is five times slower
         means.append(dropped.sum(0, dtype=torch.float32) / max(1, end - start))
     return torch.stack(means)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sparseserve.artifacts.s2 import TRAINED_OFFSET, first_blocks
 from sparseserve.model import ModelShape
-from sparseserve.policies.base import Policy, load_artifact
+from sparseserve.policies.artifact import load_artifact
+from sparseserve.policies.base import Policy
 from sparseserve.types import CPU, LayerPlan, Role, Scope, Step, Window
 
 Blocks = Annotated[int, Field(ge=1)]
@@ -65,7 +66,7 @@ class S2(Policy):
     def selection_unit(self) -> int:
         return self.block_tokens
 
-    def selection_slots(self, max_len: int) -> int:
+    def selection_units(self, max_len: int) -> int:
         return -(-max_len // (self.block_tokens * self.stride))
 
     @property

@@ -15,8 +15,10 @@ from torch import Tensor
 from sparseserve import ops
 from sparseserve.errors import ArtifactError, Problem, UnsupportedError
 from sparseserve.model import ModelShape
-from sparseserve.policies.base import PositiveTokens, ScorePolicy, Tokens, load_artifact
-from sparseserve.types import Gate, HeadShape, LayerPlan, NewTokens, PagedKV, Role, Scope, Step
+from sparseserve.policies.artifact import load_artifact
+from sparseserve.policies.budget import ScorePolicy
+from sparseserve.policies.serving import PositiveTokens, Tokens
+from sparseserve.types import Budgets, Gate, HeadShape, LayerPlan, NewTokens, PageState, Role, Scope, SparseLayer, Step
 
 if TYPE_CHECKING:
     from sparseserve.artifacts import Artifact
@@ -34,7 +36,6 @@ class Seer(ScorePolicy):
     name: ClassVar[str] = "seer"
     description: ClassVar[str] = "The blocks that a trained gate expects the most attention in, chosen in every layer."
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.08889"
-    page_state_dtype: ClassVar[torch.dtype | None] = torch.float32
 
     artifact: str = Field(description="the decode gates: a folder as published, or what `convert` wrote")
     budget_tokens: PositiveTokens = Field(2048, description="tokens a head attends to, the last block included")
@@ -64,11 +65,11 @@ class Seer(ScorePolicy):
         return unit
 
     @property
-    def budget_bounds(self) -> tuple[int, int] | None:
-        return super().budget_bounds if self.threshold is None else None
+    def budgets(self) -> Budgets | None:
+        return super().budgets if self.threshold is None else None
 
-    def selection_slots(self, max_len: int) -> int:
-        return super().selection_slots(max_len) if self.threshold is None else -(-max_len // self.selection_unit)
+    def selection_units(self, max_len: int) -> int:
+        return super().selection_units(max_len) if self.threshold is None else -(-max_len // self.selection_unit)
 
     @property
     def dense_up_to(self) -> int:
@@ -129,21 +130,19 @@ class Seer(ScorePolicy):
             rope=rope,
         )
 
-    def page_state_shape(self, heads: HeadShape, page_size: int) -> tuple[int, ...]:
-        return (heads.kv_heads, page_size // self.selection_unit, self._gates.arguments["gate_dim"])
+    def page_state(self, heads: HeadShape, page_size: int) -> PageState | None:
+        gate_keys = heads.kv_heads, page_size // self.selection_unit, self._gates.arguments["gate_dim"]
+        return PageState(gate_keys, torch.float32)
 
     def scored_bytes(self, plan: LayerPlan, model: ModelShape, length: int, element_bytes: int) -> float:
         weights = 0 if plan.gate is None else 4 * plan.gate.query.numel()
         return weights + super().scored_bytes(plan, model, length, element_bytes)
 
-    def update_pages(self, new: NewTokens, kv: PagedKV, summary: Tensor, plan: LayerPlan) -> None:
-        if plan.gate is not None:
-            ops.summarize_gates(kv.key, new.slots, new.positions, plan.gate, summary)
+    def update_pages(self, layer: SparseLayer, new: NewTokens) -> None:
+        if layer.plan.gate is not None:
+            ops.summarize_gates(layer.kv.key, new.slot_mapping, new.positions, layer.plan.gate, layer.state)
 
-    def select(
-        self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float
-    ) -> None:
-        assert summary is not None and plan.gate is not None
-        table, unit = step.table, self.selection_unit
-        wanted = self.wanted(plan, step, None if self.threshold is None else log(self.threshold))
-        ops.score_gates(query, summary, table.pages, table.seq_lens, unit, plan.gate, step.scores, wanted)
+    def select(self, layer: SparseLayer, query: Tensor, step: Step) -> None:
+        assert layer.plan.gate is not None
+        wanted = self.wanted(layer.plan, step, None if self.threshold is None else log(self.threshold))
+        ops.score_gates(query, layer.state, step.table, self.selection_unit, layer.plan.gate, step.scores, wanted)

@@ -8,7 +8,8 @@ import torch
 from pydantic import Field
 
 from sparseserve.model import ModelShape
-from sparseserve.policies.base import PositiveTokens, Tokens, WindowPolicy
+from sparseserve.policies.serving import PositiveTokens, Tokens
+from sparseserve.policies.window import WindowPolicy
 from sparseserve.types import LayerPlan, Role, Window
 
 

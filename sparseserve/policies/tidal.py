@@ -13,8 +13,8 @@ from torch import Tensor
 from sparseserve import ops
 from sparseserve.errors import MISSING, ConfigError
 from sparseserve.model import ModelShape
-from sparseserve.policies.base import ScorePolicy
-from sparseserve.types import LayerPlan, PagedKV, Role, Scope, Step
+from sparseserve.policies.budget import ScorePolicy
+from sparseserve.types import LayerPlan, Role, Scope, SparseLayer, Step
 
 
 class Reselection(NamedTuple):
@@ -109,20 +109,16 @@ class Tidal(ScorePolicy):
         heads = model.heads
         return length * heads.kv_heads * heads.head_dim * element_bytes if plan.role is Role.SELECT else 0
 
-    def select(
-        self, query: Tensor, kv: PagedKV, summary: Tensor | None, plan: LayerPlan, step: Step, scale: float
-    ) -> None:
-        table = step.table
+    def select(self, layer: SparseLayer, query: Tensor, step: Step) -> None:
         ops.score_tokens(
             query,
-            kv.key,
-            table.pages,
-            table.seq_lens,
+            layer.kv.key,
+            step.table,
             step.lse,
-            scale,
+            layer.scale,
             unit_tokens=self.unit_tokens,
             scores=step.scores,
-            wanted=self.wanted(plan, step),
+            wanted=self.wanted(layer.plan, step),
             scratch=step.scratch,
         )
 

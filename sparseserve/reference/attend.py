@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.reference.paging import logits, row_tokens
-from sparseserve.types import PagedKV, Selection
+from sparseserve.types import PagedKV, PageTable, Selection
 
 
 def attended_tokens(selection: Selection, row: int, length: int) -> Tensor:
@@ -23,8 +23,7 @@ def attended_tokens(selection: Selection, row: int, length: int) -> Tensor:
 def attend(
     query: Tensor,
     kv: PagedKV,
-    pages: Tensor,
-    seq_lens: Tensor,
+    table: PageTable,
     selection: Selection,
     scale: float,
     out: Tensor | None = None,
@@ -37,11 +36,11 @@ def attend(
     out = torch.empty_like(query, dtype=dtype) if out is None else out
     lse = query.new_empty((rows, heads), dtype=dtype) if lse is None else lse
     attended = torch.empty_like(selection.count) if attended is None else attended
-    for row, length in enumerate(seq_lens.tolist()):
+    for row, length in enumerate(table.seq_lens.tolist()):
         chosen = attended_tokens(selection, row, length)
         attended[row] = chosen.sum(1)
         chosen = chosen.repeat_interleave(heads // chosen.shape[0], 0)  # [Hq, length]
-        own = pages[..., row, :]
+        own = table.pages[..., row, :]
         keys, values = (row_tokens(pool, own, length, kv.places).to(dtype) for pool in (kv.key, kv.value))
         scores = logits(query[row], keys, scale, dtype).masked_fill(~chosen, -torch.inf)
         lse[row] = scores.logsumexp(1)

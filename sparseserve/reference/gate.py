@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparseserve.reference.paging import row_units
 from sparseserve.reference.select import select_units
-from sparseserve.types import Gate, Wanted
+from sparseserve.types import Gate, PageTable, Wanted
 
 EPSILON = 1e-6  # of the gate's RMS norms
 
@@ -55,8 +55,7 @@ def summarize_gates(
 def score_gates(
     query: Tensor,
     summary: Tensor,
-    pages: Tensor,
-    seq_lens: Tensor,
+    table: PageTable,
     unit_tokens: int,
     gate: Gate,
     scores: Tensor | None = None,
@@ -65,22 +64,22 @@ def score_gates(
 ) -> Tensor:
     """See `sparseserve.ops.score_gates`; `dtype` is that of the arithmetic."""
     if scores is None:
-        shape = query.shape[0], summary.shape[1], pages.shape[1] * summary.shape[2]
+        shape = query.shape[0], summary.shape[1], table.pages.shape[1] * summary.shape[2]
         scores = query.new_full(shape, -torch.inf, dtype=dtype)
-    for row, length in enumerate(seq_lens.tolist()):
+    for row, length in enumerate(table.seq_lens.tolist()):
         if length == 0:
             continue
         units, last = length // unit_tokens, (length - 1) // unit_tokens
         plain = unrotate(query[row].to(dtype), gate.unrope[length - 1]).view(gate.query.shape[:3])
         projected = torch.einsum("hgd,hgde->he", plain, gate.query.to(dtype))
         gate_query = _finish(projected, gate.query_norm, gate.rope, length - 1)
-        keys = row_units(summary, pages[row], units).to(dtype)  # [H, units, E]
+        keys = row_units(summary, table.pages[row], units).to(dtype)  # [H, units, E]
         logits = torch.einsum("he,hue->hu", gate_query, keys) / gate_query.shape[1] ** 0.5
         incomplete = logits.new_zeros(len(logits), last + 1 - units)
         scores[row, :, : last + 1] = torch.cat([logits, incomplete], 1).log_softmax(1)
         scores[row, :, last] = torch.inf
     if wanted is not None:
-        select_units(scores, seq_lens, wanted)
+        select_units(scores, table.seq_lens, wanted)
     return scores
 
 

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from sparseserve.reference.paging import logits, row_tokens
-from sparseserve.types import Wanted
+from sparseserve.types import PageTable, Wanted
 
 
 def search_blocks(
     query: Tensor,
     key: Tensor,
-    pages: Tensor,
-    seq_lens: Tensor,
+    table: PageTable,
     state: Tensor,
     *,
     chunk_tokens: Sequence[int],
@@ -28,8 +27,8 @@ def search_blocks(
     selection = wanted.selection
     limits = torch.stack([wanted.sink, wanted.recent, wanted.budget], 1).tolist()
     page_size, heads, slots = key.shape[2], selection.units.shape[1], selection.units.shape[2]
-    for row, length in enumerate(seq_lens.tolist()):
-        dots = logits(query[row], row_tokens(key, pages[row], length), 1.0, dtype)  # [Hq, T]
+    for row, length in enumerate(table.seq_lens.tolist()):
+        dots = logits(query[row], row_tokens(key, table.pages[row], length), 1.0, dtype)  # [Hq, T]
         for head, (first, last, most) in enumerate(limits):
             if wanted.takes_all(row, length, most):
                 selection.spans[row, head] = length
@@ -38,7 +37,7 @@ def search_blocks(
             keep = [tokens // chunk for tokens, chunk in zip(stage_tokens, chunk_tokens, strict=False)]
             keep.append(min(max(0, wanted.budget_of(row, most) - first - last) // chunk_tokens[-1], slots))
             limit = length - max(0, last - chunk_tokens[0])  # chunks start before it
-            memory = state[pages[row, (length - 1) // page_size], head]
+            memory = state[table.pages[row, (length - 1) // page_size], head]
             kept = torch.split(memory[4 : 4 + sum(keep)], keep)  # first tokens
             for stage in range(_first_stage(int(memory[0]), length, page_size, refresh_steps), len(chunk_tokens)):
                 chunk = chunk_tokens[stage]

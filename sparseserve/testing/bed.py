@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparseserve.decode.layer import SparseLayer, decode_layer
+from sparseserve.decode.layer import decode_layer
 from sparseserve.decode.step import StepBuffers
 from sparseserve.decode.views import page_state
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
 from sparseserve.testing import target
-from sparseserve.types import LayerPlan, Measurement, NewTokens, PageTable, Selection
+from sparseserve.types import LayerPlan, Measurement, NewTokens, PageTable, Selection, SparseLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,7 @@ class Bed:
             policy=self.policy,
             plan=plan,
             kv=target.views(cache),
-            page_state=page_state(
-                cache, self.policy.page_state_shape(heads, self.page_size), self.policy.page_state_dtype
-            ),
+            page_state=page_state(cache, self.policy.page_state(heads, self.page_size)),
             scale=heads.head_dim**-0.5,
         )
 
@@ -74,10 +72,9 @@ class Bed:
         offset = positions % self.page_size
         kv = self.layers[layer].kv
         kv.key[page, :, offset], kv.value[page, :, offset] = key, value
-        state = self.layers[layer].page_state
-        if state is not None:
-            new = NewTokens(page * self.page_size + offset, positions)
-            self.policy.update_pages(new, kv, state, self.layers[layer].plan)
+        if self.layers[layer].page_state is not None:
+            slots = page * self.page_size + offset
+            self.policy.update_pages(self.layers[layer], NewTokens(slots, positions))
 
     def fill(self, keys: Tensor, values: Tensor, chunk: int | None = None) -> Bed:
         """Write every row's tokens from keys and values [L, B, T, H, D], `chunk` tokens at a time."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.testing import target
-from sparseserve.types import HeadShape, PagedKV, Selection
+from sparseserve.types import HeadShape, PagedKV, PageTable, Selection
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
@@ -32,6 +32,11 @@ class Case:
     pages: Tensor  # [B, N] int32; [R, B, N] with places
     seq_lens: Tensor  # [B] int32
     shape: HeadShape
+
+    @property
+    def table(self) -> PageTable:
+        """The pages and lengths as the ops take them."""
+        return PageTable(self.pages, self.seq_lens)
 
     @property
     def scale(self) -> float:

@@ -50,4 +50,4 @@ def _rebuild(layer: Any, policy: Policy, pages: torch.Tensor) -> None:
         return
     size = bound.kv.page_size
     slots = (pages[:, None] * size + torch.arange(size)).flatten()
-    policy.update_pages(NewTokens(slots, torch.arange(len(slots))), bound.kv, bound.page_state, bound.plan)
+    policy.update_pages(bound, NewTokens(slots, torch.arange(len(slots))))

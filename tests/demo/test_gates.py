@@ -17,7 +17,7 @@ from sparseserve.model import ModelShape
 from sparseserve.policies import Seer
 from sparseserve.questions.needles import Question, ask
 from sparseserve.testing.gates import plain_rope
-from sparseserve.types import HeadShape, Selection, Wanted
+from sparseserve.types import HeadShape, PageTable, Selection, Wanted
 from tests.helpers.demo_simulator import Policy, Simulator, encode
 
 LENGTH, BLOCK = 8192, 64
@@ -43,10 +43,10 @@ def seer(path: Path, budget: int) -> Policy:
         token = torch.arange(length)
         summary = torch.zeros(len(paged), KV_HEADS, 1, HEAD_DIM)
         reference.summarize_gates(paged, token, token, plan.gate, summary)
-        pages, seq_lens = torch.arange(len(paged))[None].int(), torch.tensor([length], dtype=torch.int32)
-        scores = reference.score_gates(query.flatten(0, 1)[None], summary, pages, seq_lens, BLOCK, plan.gate)
-        selection = Selection.empty(1, KV_HEADS, seer.selection_slots(MODEL.max_len), BLOCK)
-        reference.select_units(scores, seq_lens, Wanted(selection, plan.sink, plan.recent, plan.budget))
+        table = PageTable(torch.arange(len(paged))[None].int(), torch.tensor([length], dtype=torch.int32))
+        scores = reference.score_gates(query.flatten(0, 1)[None], summary, table, BLOCK, plan.gate)
+        selection = Selection.empty(1, KV_HEADS, seer.selection_units(MODEL.max_len), BLOCK)
+        reference.select_units(scores, table.seq_lens, Wanted(selection, plan.sink, plan.recent, plan.budget))
         return reference.attended_tokens(selection, 0, length)
 
     return policy

@@ -40,7 +40,7 @@ def make(point: dict[str, Any], seed: int = 0) -> tuple[Case, Selection]:
 
 def run(case: Case, selection: Selection) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     attended = torch.empty_like(selection.count)
-    out, lse = ops.attend(case.query, case.kv, case.pages, case.seq_lens, selection, case.scale, attended=attended)
+    out, lse = ops.attend(case.query, case.kv, case.table, selection, case.scale, attended=attended)
     return out, lse, attended
 
 
@@ -51,7 +51,7 @@ def expected(
     """The case of a grid point, and what fp64 and torch make of it: out and lse of both, tokens attended."""
     case, selection = make(GRID[index], seed=index)
     counted = torch.empty_like(selection.count)
-    arguments = case.query, case.kv, case.pages, case.seq_lens, selection, case.scale
+    arguments = case.query, case.kv, case.table, selection, case.scale
     out, lse = reference.attend(*arguments, attended=counted, dtype=torch.float64)
     return case, selection, out, lse, torch_attend(case, selection), reference.attend(*arguments)[1], counted
 
@@ -140,7 +140,7 @@ def test_long_rows_are_cut_and_merged(isa: str) -> None:
     selection = Selection.empty(2, 1, 1, 32)
     selection.spans[:] = case.seq_lens[:, None, None]
     out, lse, attended = run(case, selection)
-    arguments = case.query, case.kv, case.pages, case.seq_lens, selection, case.scale
+    arguments = case.query, case.kv, case.table, selection, case.scale
     exact, exact_lse = reference.attend(*arguments, dtype=torch.float64)
     _, peer_lse = reference.attend(*arguments)
     assert_as_exact(out, exact, torch_attend(case, selection), terms=5000)
@@ -164,7 +164,7 @@ def test_rows_that_select_nothing_read_nothing(isa: str) -> None:
     assert (out[nothing] == 0).all() and (lse[nothing] == -torch.inf).all() and not attended[nothing].any()
     for found, full in zip((out, lse, attended), dense, strict=True):
         assert torch.equal(found[~nothing], full[~nothing])
-    plain = reference.attend(case.query, case.kv, case.pages, case.seq_lens, some, case.scale)
+    plain = reference.attend(case.query, case.kv, case.table, some, case.scale)
     assert (plain[0][nothing] == 0).all() and torch.equal(plain[1] == -torch.inf, lse == -torch.inf)
 
 
@@ -174,7 +174,7 @@ def test_extreme_scores_stay_finite(dtype: torch.dtype, isa: str) -> None:
     case.query.mul_(100)
     selection = Selection.empty(1, 1, 1, 32)
     selection.spans[:] = 200
-    arguments = case.query, case.kv, case.pages, case.seq_lens, selection, case.scale
+    arguments = case.query, case.kv, case.table, selection, case.scale
     exact, exact_lse = reference.attend(*arguments, dtype=torch.float64)
     _, peer_lse = reference.attend(*arguments)
     out, lse, _ = run(case, selection)
@@ -190,9 +190,7 @@ def test_strided_query_and_out(isa: str) -> None:
     rows, heads, dim = case.query.shape
     wide = torch.full((rows, 3, heads, dim), torch.nan, dtype=case.query.dtype)
     wide[:, 1] = case.query
-    out, _ = ops.attend(
-        wide[:, 1], case.kv, case.pages, case.seq_lens, selection, case.scale, out=torch.zeros_like(wide)[:, 2]
-    )
+    out, _ = ops.attend(wide[:, 1], case.kv, case.table, selection, case.scale, out=torch.zeros_like(wide)[:, 2])
     assert torch.equal(out, narrow)
 
 

@@ -10,7 +10,7 @@ from sparseserve.reference import gate as formulas
 from sparseserve.testing.cases import DTYPES, HEAD_DIMS, OPCHECKS, Case, paged_kv, sample_grid
 from sparseserve.testing.gates import plain_rope
 from sparseserve.testing.oracle import assert_as_exact
-from sparseserve.types import Gate, HeadShape
+from sparseserve.types import Gate, HeadShape, PageTable
 
 GRID = sample_grid(16, dtype=DTYPES, head_dim=HEAD_DIMS, group=[1, 4, 5, 8], dim=[16, 48, 64, 128], page_size=[64, 128],
                    unit=[16, 32, 64], norm=[True, False], rope=[True, False])  # fmt: skip
@@ -84,7 +84,7 @@ def test_summaries_against_fp64(point: dict[str, Any], isa: str) -> None:
 @pytest.mark.parametrize("point", [*GRID, PUBLISHED], ids=name)
 def test_scores_against_fp64(point: dict[str, Any], isa: str) -> None:
     case, gate = make(point)
-    arguments = summarize(case, gate, point), case.pages, case.seq_lens, point["unit"], gate
+    arguments = summarize(case, gate, point), case.table, point["unit"], gate
     exact = reference.score_gates(case.query, *arguments, dtype=torch.float64)
     peer = reference.score_gates(case.query, *arguments)
     magnitude = exact[exact.isfinite()].abs().max().item()
@@ -141,12 +141,12 @@ def test_all_instruction_sets_give_the_same_bits(cpu_isa: str) -> None:
 def test_the_softmax_counts_an_incomplete_block_as_zero(isa: str) -> None:
     case, gate = make(AT_64, [256, 257])
     summary = summarize(case, gate, AT_64)
-    scores = ops.score_gates(case.query, summary, case.pages, case.seq_lens, 64, gate)
+    scores = ops.score_gates(case.query, summary, case.table, 64, gate)
     assert scores[0, :, 3].isposinf().all() and scores[1, :, 4].isposinf().all()
     shares = scores.exp()
     assert (shares[0, :, :3].sum(1) < 1).all()  # the last, complete block has the rest
     missing = 1 - shares[1, :, :4].double().sum(1)  # the share of a logit of 0
-    whole = reference.score_gates(case.query, summary, case.pages, case.seq_lens, 64, gate, dtype=torch.float64)
+    whole = reference.score_gates(case.query, summary, case.table, 64, gate, dtype=torch.float64)
     torch.testing.assert_close(missing, 1 - whole[1, :, :4].exp().sum(1), rtol=1e-4, atol=1e-6)
     assert (missing > 0).all()
 
@@ -154,7 +154,7 @@ def test_the_softmax_counts_an_incomplete_block_as_zero(isa: str) -> None:
 def test_units_beyond_the_row_are_untouched(isa: str) -> None:
     case, gate = make(AT_64)
     scores = torch.full((len(LENGTHS), 2, 20), -7.0)
-    ops.score_gates(case.query, summarize(case, gate, AT_64), case.pages, case.seq_lens, 64, gate, scores=scores)
+    ops.score_gates(case.query, summarize(case, gate, AT_64), case.table, 64, gate, scores=scores)
     for row, length in enumerate(LENGTHS):
         used = -(-length // 64)
         assert (scores[row, :, used:] == -7).all() and not scores[row, :, :used].isnan().any()
@@ -162,14 +162,14 @@ def test_units_beyond_the_row_are_untouched(isa: str) -> None:
 
 def test_rows_and_threads_change_nothing(isa: str) -> None:
     case, gate = make(PUBLISHED)
-    arguments = summarize(case, gate, PUBLISHED), case.pages, case.seq_lens, 64, gate
+    arguments = summarize(case, gate, PUBLISHED), case.table, 64, gate
     clean = ops.score_gates(case.query, *arguments)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert torch.equal(ops.score_gates(case.query, *arguments), clean)
     torch.set_num_threads(threads)
     row = slice(6, 7)
-    alone = ops.score_gates(case.query[row], arguments[0], case.pages[row], case.seq_lens[row], 64, gate)
+    alone = ops.score_gates(case.query[row], arguments[0], PageTable(case.pages[row], case.seq_lens[row]), 64, gate)
     assert torch.equal(alone, clean[row])
 
 
@@ -185,7 +185,7 @@ def test_wrong_inputs_are_refused() -> None:
         ops.summarize_gates(case.kv.key, at, positions, gate, summary.repeat(1, 1, 8, 1))
     with pytest.raises(RuntimeError, match="positions of unrope"):
         short = random_gate(AT_64, positions=127)
-        ops.score_gates(case.query, summary, case.pages, case.seq_lens, 64, short)
+        ops.score_gates(case.query, summary, case.table, 64, short)
 
 
 def test_opcheck() -> None:

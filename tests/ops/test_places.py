@@ -44,7 +44,7 @@ def make(point: dict[str, Any], seed: int = 0, poison: float = torch.nan) -> tup
 
 def run(case: Case, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
     attended = torch.empty_like(selection.count)
-    out, lse = ops.attend(case.query, case.kv, case.pages, case.seq_lens, selection, case.scale, attended=attended)
+    out, lse = ops.attend(case.query, case.kv, case.table, selection, case.scale, attended=attended)
     return out, lse, attended
 
 
@@ -58,7 +58,7 @@ def expected(index: int, layout: Layout) -> tuple[Case, Case, Selection, Tensor,
     """What `make` gives for a grid point; out and lse in fp64, then by torch; tokens attended."""
     plain, case, selection = make(GRID[index], seed=index)
     counted = torch.empty_like(selection.count)
-    arguments = case.query, case.kv, case.pages, case.seq_lens, selection, case.scale
+    arguments = case.query, case.kv, case.table, selection, case.scale
     out, lse = reference.attend(*arguments, attended=counted, dtype=torch.float64)
     return plain, case, selection, out, lse, torch_attend(case, selection), reference.attend(*arguments)[1], counted
 
@@ -135,7 +135,7 @@ def test_rows_that_share_their_pages(isa: str) -> None:
     out, lse, attended = run(shared, selection)
     assert_same((out, lse, attended), run(copied, selection))
     assert attended.tolist() == [[8, 40, 150]] * rows
-    arguments = shared.query, shared.kv, shared.pages, shared.seq_lens, selection, shared.scale
+    arguments = shared.query, shared.kv, shared.table, selection, shared.scale
     exact, _ = reference.attend(*arguments, dtype=torch.float64)
     assert_as_exact(out, exact, torch_attend(shared, selection), terms=200)
 

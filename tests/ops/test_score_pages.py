@@ -8,7 +8,7 @@ import torch
 from sparseserve import ops, reference
 from sparseserve.testing.cases import DTYPES, GROUPS, HEAD_DIMS, OPCHECKS, Case, paged_kv, sample_grid
 from sparseserve.testing.oracle import assert_as_exact
-from sparseserve.types import Bound, HeadShape
+from sparseserve.types import Bound, HeadShape, PageTable
 
 GRID = sample_grid(12, dtype=DTYPES, head_dim=HEAD_DIMS, group=GROUPS, page_size=[96, 128, 192], unit=[16, 32],
                    bound=list(Bound))  # fmt: skip
@@ -31,7 +31,7 @@ def make(point: dict[str, Any]) -> tuple[Case, torch.Tensor]:
 @pytest.mark.parametrize("point", GRID, ids=lambda point: "-".join(map(str, point.values())))
 def test_against_fp64(point: dict[str, Any], isa: str) -> None:
     case, summary = make(point)
-    arguments = case.query, summary, case.pages, case.seq_lens, point["unit"], point["bound"]
+    arguments = case.query, summary, case.table, point["unit"], point["bound"]
     exact, peer = reference.score_pages(*arguments, dtype=torch.float64), reference.score_pages(*arguments)
     assert_as_exact(ops.score_pages(*arguments), exact, peer, terms=2 * case.shape.head_dim)
 
@@ -39,7 +39,7 @@ def test_against_fp64(point: dict[str, Any], isa: str) -> None:
 def test_min_max_is_an_upper_bound_and_the_sum_of_the_larger_products(isa: str) -> None:
     point = GRID[0] | {"dtype": torch.float32, "group": 1, "bound": Bound.MIN_MAX, "unit": 16, "page_size": 64}
     case, summary = make(point)
-    scores = ops.score_pages(case.query, summary, case.pages, case.seq_lens, 16, Bound.MIN_MAX)
+    scores = ops.score_pages(case.query, summary, case.table, 16, Bound.MIN_MAX)
     row, complete = 3, LENGTHS[3] // 16
     low, high = reference.paging.row_units(summary, case.pages[row], complete).unbind(2)
     low, high, query = low.float(), high.float(), case.query[row][:, None].float()
@@ -53,7 +53,7 @@ def test_units_beyond_the_row_are_untouched(isa: str) -> None:
     case, summary = make(GRID[1])
     unit = GRID[1]["unit"]
     scores = torch.full((4, 2, case.capacity // unit + 3), -7.0)
-    ops.score_pages(case.query, summary, case.pages, case.seq_lens, unit, GRID[1]["bound"], scores=scores)
+    ops.score_pages(case.query, summary, case.table, unit, GRID[1]["bound"], scores=scores)
     for row, length in enumerate(LENGTHS):
         used = -(-length // unit)
         assert (scores[row, :, used:] == -7).all()
@@ -63,14 +63,14 @@ def test_units_beyond_the_row_are_untouched(isa: str) -> None:
 
 def test_rows_and_threads_change_nothing(isa: str) -> None:
     case, summary = make(GRID[2])
-    arguments = summary, case.pages, case.seq_lens, GRID[2]["unit"], GRID[2]["bound"]
+    arguments = summary, case.table, GRID[2]["unit"], GRID[2]["bound"]
     clean = ops.score_pages(case.query, *arguments)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     assert torch.equal(ops.score_pages(case.query, *arguments), clean)
     torch.set_num_threads(threads)
     row = slice(3, 4)
-    alone = ops.score_pages(case.query[row], summary, case.pages[row], case.seq_lens[row], *arguments[3:])
+    alone = ops.score_pages(case.query[row], summary, PageTable(case.pages[row], case.seq_lens[row]), *arguments[2:])
     assert torch.equal(alone, clean[row])
 
 

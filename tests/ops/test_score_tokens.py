@@ -8,7 +8,7 @@ import torch
 from sparseserve import ops, reference
 from sparseserve.testing.cases import DTYPES, GROUPS, HEAD_DIMS, OPCHECKS, UNITS, Case, paged_kv, sample_grid
 from sparseserve.testing.oracle import assert_as_exact
-from sparseserve.types import HeadShape, Scope
+from sparseserve.types import HeadShape, PageTable, Scope
 
 GRID = sample_grid(14, dtype=DTYPES, head_dim=HEAD_DIMS, group=GROUPS, page_size=[64, 128], unit=UNITS,
                    scope=list(Scope))  # fmt: skip
@@ -29,7 +29,7 @@ def make(point: dict[str, Any]) -> tuple[Case, torch.Tensor, int]:
 
 def score(function: Any, case: Case, lse: torch.Tensor, heads: int, unit: int, **options: Any) -> torch.Tensor:
     scores = torch.full((len(case.seq_lens), heads, case.capacity // unit), UNTOUCHED, dtype=options.get("dtype"))
-    function(case.query, case.kv.key, case.pages, case.seq_lens, lse, case.scale, scores, unit, **options)
+    function(case.query, case.kv.key, case.table, lse, case.scale, scores, unit, **options)
     return scores
 
 
@@ -56,7 +56,7 @@ def test_threads_and_rows_change_nothing(isa: str) -> None:
     row = slice(3, 4)
     scores = torch.full_like(clean[row], UNTOUCHED)
     ops.score_tokens(
-        case.query[row], case.kv.key, case.pages[row], case.seq_lens[row], lse[row], case.scale, scores, 16
+        case.query[row], case.kv.key, PageTable(case.pages[row], case.seq_lens[row]), lse[row], case.scale, scores, 16
     )
     assert torch.equal(scores, clean[row])
     threads = torch.get_num_threads()
@@ -69,15 +69,13 @@ def test_threads_and_rows_change_nothing(isa: str) -> None:
 def test_other_units_are_refused(unit: int) -> None:
     case, lse, heads = make(GRID[0])
     with pytest.raises(RuntimeError, match="unit_tokens must be"):
-        ops.score_tokens(
-            case.query, case.kv.key, case.pages, case.seq_lens, lse, 1.0, torch.zeros(4, heads, 2000), unit
-        )
+        ops.score_tokens(case.query, case.kv.key, case.table, lse, 1.0, torch.zeros(4, heads, 2000), unit)
 
 
 def test_scores_must_hold_the_longest_row() -> None:
     case, lse, heads = make(GRID[0])
     with pytest.raises(RuntimeError, match="too small for 1100 tokens"):
-        ops.score_tokens(case.query, case.kv.key, case.pages, case.seq_lens, lse, 1.0, torch.zeros(4, heads, 34), 32)
+        ops.score_tokens(case.query, case.kv.key, case.table, lse, 1.0, torch.zeros(4, heads, 34), 32)
 
 
 def test_opcheck() -> None:

@@ -38,7 +38,7 @@ def pages(case: Case, unit: int) -> Scored:
     summary = torch.zeros(len(case.kv.key), 2, PAGE // unit, 2, SHAPE.head_dim, dtype=case.query.dtype)
     for row in range(len(LENGTHS)):
         ops.summarize_pages(case.kv.key, case.slots(row)[0], summary, Bound.MEAN_STD)
-    arguments = case.query, summary, case.pages, case.seq_lens, unit, Bound.MEAN_STD
+    arguments = case.query, summary, case.table, unit, Bound.MEAN_STD
     return Scored(ops.score_pages, reference.score_pages, arguments, 2, unit)
 
 
@@ -47,7 +47,7 @@ def gates(case: Case, unit: int) -> Scored:
     query = torch.randn(2, SHAPE.queries_per_kv, SHAPE.head_dim, 32, generator=random)
     gate = Gate(query, query, None, None, unrope=plain_rope(1536, SHAPE.head_dim), rope=None)
     summary = torch.randn(len(case.kv.key), 2, PAGE // unit, 32, generator=random)
-    arguments = case.query, summary, case.pages, case.seq_lens, unit, gate
+    arguments = case.query, summary, case.table, unit, gate
     return Scored(ops.score_gates, reference.score_gates, arguments, 2, unit)
 
 
@@ -58,7 +58,7 @@ def tokens(heads: int) -> Callable[[Case, int], Scored]:
         def op(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return lambda *arguments, **options: function(*arguments, unit_tokens=unit, **options)
 
-        arguments = case.query, case.kv.key, case.pages, case.seq_lens, lse, case.scale
+        arguments = case.query, case.kv.key, case.table, lse, case.scale
         return Scored(op(ops.score_tokens), op(reference.score_tokens), arguments, heads, unit)
 
     return scored

@@ -33,7 +33,7 @@ def limit(policy: Policy, plan: LayerPlan, lengths: torch.Tensor) -> torch.Tenso
         return lengths.clamp(max=BUDGET)
     lines = plan.window.alpha + plan.window.beta * lengths[..., None]
     span = lines.amax(-1).clamp(min=plan.window.minimum) + plan.window.align - 1
-    units = torch.tensor([[policy.selection_slots(length)] for length in lengths[:, 0].tolist()])
+    units = torch.tensor([[policy.selection_units(length)] for length in lengths[:, 0].tolist()])
     return torch.minimum(lengths, span + units * policy.selection_unit)
 
 

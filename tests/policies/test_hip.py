@@ -60,7 +60,7 @@ def test_the_first_layers_have_their_own_budget() -> None:
     assert wide.budget is not None and narrow.budget is not None
     assert wide.budget.tolist() == [128] and narrow.budget.tolist() == [96]
     assert [policy.expected_tokens(plan, 4000) for plan in (wide, narrow)] == [128, 96]
-    assert policy.selection_slots(4000) == (128 - 8 - 19) // 8
+    assert policy.selection_units(4000) == (128 - 8 - 19) // 8
     outcome = Bed(policy, MODEL, [LENGTH]).fill(*data(1)[1:]).decode(data(1)[0])
     assert [selection.count.item() for selection in outcome.selections] == [12, 8]
 
@@ -95,12 +95,12 @@ def test_a_reissued_page_forgets_its_search() -> None:
 
 
 def test_only_pages_that_begin_forget() -> None:
-    policy, heads = Hip(**SMALL), MODEL.heads
-    kv = Bed(policy, MODEL, [1]).layers[0].kv
-    summary = torch.ones(6, *policy.page_state_shape(heads, 64), dtype=torch.int32)
+    policy = Hip(**SMALL)
+    layer = Bed(policy, MODEL, [1] * 6).layers[0]
+    layer.state.fill_(1)
     slots = torch.tensor([2 * 64, 3 * 64 + 1, -1, 5 * 64])
-    policy.update_pages(NewTokens(slots, torch.arange(4)), kv, summary, policy.plans(MODEL)[0])
-    assert (summary[:, 0, 0] == 0).nonzero().flatten().tolist() == [2, 5]
+    policy.update_pages(layer, NewTokens(slots, torch.arange(4)))
+    assert (layer.state[:, 0, 0] == 0).nonzero().flatten().tolist() == [2, 5]
 
 
 @pytest.mark.parametrize(("scope", "heads"), [("all_heads", 1), ("kv_head", 4)])
@@ -144,7 +144,7 @@ def test_bad_values_are_explained(flags: list[str], told: list[str]) -> None:
 
 def test_without_wide_layers_their_budget_does_not_count() -> None:
     policy = Hip(wide_layers=0, budget_tokens=6000)
-    assert policy.selection_slots(99999) == (6000 - 256 - 1024) // 8
+    assert policy.selection_units(99999) == (6000 - 256 - 1024) // 8
 
 
 def test_more_wide_layers_than_layers_are_refused() -> None:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from sparseserve.config import from_dict, to_dict
 from sparseserve.policies import BudgetPolicy, Dense, Policy, Quest
-from sparseserve.policies.base import WindowPolicy
+from sparseserve.policies.window import WindowPolicy
 from sparseserve.testing.bed import Bed, Outcome
 from tests.helpers.contract import CASES, LENGTHS, MODEL
 
 pytestmark = pytest.mark.usefixtures("device")
 ROWS = [row for row, length in enumerate(LENGTHS) if length]
-BUDGETED = [name for name, policy in CASES.items() if policy.budget_bounds is not None]
+BUDGETED = [name for name, policy in CASES.items() if policy.budgets is not None]
 
 
 def measuring(policy: Policy, **changes: object) -> Policy:
@@ -96,8 +96,8 @@ def test_a_row_with_a_budget_of_its_own_is_the_policy_with_that_budget(
     name: str, data: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     policy = CASES[name]
-    assert isinstance(policy, BudgetPolicy) and policy.budget_bounds is not None
-    least, most = policy.budget_bounds
+    assert isinstance(policy, BudgetPolicy) and policy.budgets is not None
+    least, most = policy.budgets.least, policy.budgets.largest
     budgets = [0, policy.budget_tokens + policy.selection_unit, least, most, 0, 2 * policy.budget_tokens]
     mine = torch.tensor([budgets[row % len(budgets)] for row in range(len(LENGTHS))], dtype=torch.int32)
     mixed = Bed(policy, MODEL, LENGTHS).fill(*data[1:]).decode(data[0], row_budget=mine)

@@ -17,7 +17,7 @@ from sparseserve.policies import Dense, Seer
 from sparseserve.reference.gate import rotate, unrotate
 from sparseserve.testing.bed import Bed, Outcome
 from sparseserve.testing.gates import plain_rope, random_gates
-from sparseserve.types import Gate, HeadShape, Role
+from sparseserve.types import Gate, HeadShape, PageState, PageTable, Role
 from tests.helpers.artifact_files import head_map, saved
 
 LENGTHS = [639, 640, 641, 63, 64, 65, 0, 300]
@@ -61,11 +61,11 @@ def decode(policy: Seer | Dense, model: ModelShape = MODEL, lengths: list[int] =
 def shares(bed: Bed, layer: int, row: int, query: Tensor, gate: Gate) -> Tensor:
     """The gate's softmax [H, blocks] of one row, by its formulas; the last block has the rest."""
     length = bed.lengths[row]
-    pages, seq_lens = bed.pages[row : row + 1], torch.tensor([length], dtype=torch.int32)
+    table = PageTable(bed.pages[row : row + 1], torch.tensor([length], dtype=torch.int32))
     scores = torch.zeros(1, bed.model.heads.kv_heads, -(-length // 64), dtype=torch.float64)
     summary = bed.layers[layer].page_state
     assert summary is not None
-    reference.score_gates(query[layer, row][None], summary, pages, seq_lens, 64, gate, scores, dtype=torch.float64)
+    reference.score_gates(query[layer, row][None], summary, table, 64, gate, scores, dtype=torch.float64)
     result = scores[0].exp()
     result[:, -1] = 1 - result[:, :-1].sum(1)
     return result
@@ -136,7 +136,7 @@ def test_the_published_shape() -> None:
     """Heads of Qwen3-4B, one layer."""
     model = shape(heads=8, group=4, dim=128, layers=1)
     policy = Seer(artifact=saved(random_gates(model)), budget_tokens=256)
-    assert policy.page_state_shape(model.heads, 128) == (8, 2, 128)
+    assert policy.page_state(model.heads, 128) == PageState((8, 2, 128), torch.float32)
     _, outcome = decode(policy, model, [700])
     assert (outcome.attended[0] <= 256).all() and (outcome.attended[0] > 192).all()
 
@@ -187,8 +187,8 @@ def choices(gate: Gate, keys: Tensor, queries: Tensor) -> Tensor:
     ops.summarize_gates(paged, token, token, gate, summary)
     rows = len(queries)
     pages = torch.arange(len(paged)).int().repeat(rows, 1)
-    seq_lens = torch.full((rows,), keys.shape[1], dtype=torch.int32)
-    scores = ops.score_gates(queries, summary, pages, seq_lens, 64, gate)[..., :-1]
+    table = PageTable(pages, torch.full((rows,), keys.shape[1], dtype=torch.int32))
+    scores = ops.score_gates(queries, summary, table, 64, gate)[..., :-1]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(2, scores.topk(8).indices, True)
 
 

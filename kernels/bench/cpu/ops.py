@@ -30,7 +30,7 @@ from sparseserve.model import ModelShape
 from sparseserve.policies import Hip
 from sparseserve.testing.gates import plain_rope, random_gates
 from sparseserve.testing.oracle import assert_as_exact
-from sparseserve.types import Bound, Gate, HeadShape, Selection, Wanted
+from sparseserve.types import Bound, Gate, HeadShape, PageTable, Selection, Wanted
 
 BUDGET = 1024
 
@@ -56,7 +56,7 @@ def attend_call(requests: Requests, selections: list[Selection]) -> Call:
 
     def call(i: int) -> Tensor:
         selection = selections[i % len(selections)]
-        arguments = requests.row(i), requests.seq_lens, selection, requests.scale
+        arguments = requests.table(i), selection, requests.scale
         return ops.attend(requests.query, requests.kv, *arguments, out=out, lse=lse, attended=attended)[0]
 
     return call
@@ -104,7 +104,7 @@ def vllm_call(requests: Requests) -> Call:
 
 
 def check_attend(requests: Requests, selection: Selection, calls: dict[str, Call]) -> None:
-    arguments = requests.query, requests.kv, requests.row(0), requests.seq_lens, selection, requests.scale
+    arguments = requests.query, requests.kv, requests.table(0), selection, requests.scale
     exact = reference.attend(*arguments, dtype=torch.float64)[0]
     peer = reference.attend(*arguments)[0].to(DTYPE)
     for name, call in calls.items():
@@ -142,11 +142,11 @@ def bench_score_tokens(requests: Requests, rounds: int) -> list[Result]:
     scores = torch.empty(1, KV_HEADS, requests.context)
 
     def call(i: int) -> Tensor:
-        arguments = requests.row(i), requests.seq_lens, lse, requests.scale, scores, 1
+        arguments = requests.table(i), lse, requests.scale, scores, 1
         return ops.score_tokens(requests.query, requests.kv.key, *arguments)
 
     exact = torch.empty_like(scores, dtype=torch.float64)
-    arguments = requests.query, requests.kv.key, requests.row(0), requests.seq_lens, lse, requests.scale
+    arguments = requests.query, requests.kv.key, requests.table(0), lse, requests.scale
     reference.score_tokens(*arguments, exact, 1, dtype=torch.float64)
     peer = reference.score_tokens(*arguments, torch.empty_like(scores), 1)
     assert_as_exact(call(0), exact, peer, terms=requests.shape.head_dim)
@@ -171,10 +171,10 @@ def bench_score_pages(requests: Requests, rounds: int) -> list[Result]:
 
         def call(i: int, bound: Bound = bound) -> Tensor:
             row = pages[i % rows : i % rows + 1]
-            return ops.score_pages(requests.query, summary, row, requests.seq_lens, UNIT, bound, scores)
+            return ops.score_pages(requests.query, summary, PageTable(row, requests.seq_lens), UNIT, bound, scores)
 
         calls[f"score_pages {bound.value}"] = call
-        arguments = requests.query, summary, pages[:1], requests.seq_lens, UNIT, bound
+        arguments = requests.query, summary, PageTable(pages[:1], requests.seq_lens), UNIT, bound
         exact = reference.score_pages(*arguments, dtype=torch.float64)
         assert_as_exact(call(0), exact, reference.score_pages(*arguments), terms=2 * dim)
     for prefetch in (False, True):
@@ -222,12 +222,14 @@ def bench_search_blocks(requests: Requests, rounds: int) -> list[Result]:
     plan = policy.plans(ModelShape("bench", 8, requests.shape, requests.context, PAGE))[-1]
     rules = {name: getattr(policy, name) for name in ("chunk_tokens", "stage_tokens", "refresh_steps")}
     limits = plan.sink, plan.recent, plan.budget
-    state = torch.zeros(len(requests.cache), *policy.page_state_shape(requests.shape, PAGE), dtype=torch.int32)
-    selection, expected = (Selection.empty(1, 1, policy.selection_slots(0), 8) for _ in range(2))
+    kept = policy.page_state(requests.shape, PAGE)
+    assert kept is not None
+    state = torch.zeros(len(requests.cache), *kept.shape, dtype=kept.dtype)
+    selection, expected = (Selection.empty(1, 1, policy.selection_units(0), 8) for _ in range(2))
 
     def call(i: int, op: Callable[..., None] = ops.search_blocks, to: Selection = selection) -> None:
         wanted = Wanted(to, *limits)
-        op(requests.query, requests.kv.key, requests.row(i), requests.seq_lens, state, **rules, wanted=wanted)
+        op(requests.query, requests.kv.key, requests.table(i), state, **rules, wanted=wanted)
 
     call(0)
     call(0, reference.search_blocks, expected)
@@ -258,10 +260,10 @@ def bench_score_gates(requests: Requests, rounds: int) -> list[Result]:
     scores = torch.empty(1, KV_HEADS, requests.context // 64)
 
     def call(i: int) -> Tensor:
-        arguments = pages[i % rows : i % rows + 1], requests.seq_lens, 64, gate
+        arguments = PageTable(pages[i % rows : i % rows + 1], requests.seq_lens), 64, gate
         return ops.score_gates(requests.query, summary, *arguments, scores=scores)
 
-    arguments = requests.query, summary, pages[:1], requests.seq_lens, 64, gate
+    arguments = requests.query, summary, PageTable(pages[:1], requests.seq_lens), 64, gate
     torch.testing.assert_close(call(0), reference.score_gates(*arguments), rtol=1e-4, atol=1e-4)
     calls: dict[str, Call] = {"score_gates": call}
     for prefetch in (False, True):

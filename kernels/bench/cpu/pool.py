@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparseserve.decode.views import cpu_views
-from sparseserve.types import HeadShape, PagedKV
+from sparseserve.types import HeadShape, PagedKV, PageTable
 
 PAGE, UNIT, KV_HEADS = 128, 32, 4
 POOL_BYTES = 256 << 20
@@ -30,6 +30,9 @@ class Requests:
 
     def row(self, i: int) -> Tensor:
         return self.pages[i % self.count : i % self.count + 1]
+
+    def table(self, i: int) -> PageTable:
+        return PageTable(self.row(i), self.seq_lens)
 
     def slots(self, i: int) -> Tensor:
         """Slots of all tokens of request i, in order."""

@@ -66,7 +66,7 @@ def output_check(layers: Layers, selection: Selection) -> Check:
     @cache
     def expected() -> tuple[Tensor, Tensor]:
         case, mine = layers.sample(layers.count - 1), layers.sampled_selection(selection)
-        arguments = case.query, case.kv, case.pages, case.seq_lens, mine, case.scale
+        arguments = case.query, case.kv, case.table, mine, case.scale
         return reference.attend(*arguments, dtype=torch.float64)[0], torch_attend(case, mine)
 
     def check(out: Tensor) -> None:
@@ -82,7 +82,7 @@ def attend_call(layers: Layers, out: Tensor, selections: list[Selection]) -> Cal
 
     def call(i: int) -> object:
         selection = selections[i % len(selections)]
-        arguments = layers.query, layers.kv(i), layers.pages, layers.seq_lens, selection, layers.scale
+        arguments = layers.query, layers.kv(i), layers.table, selection, layers.scale
         return ops.attend(*arguments, out=out[i], lse=lse, attended=attended, scratch=layers.scratch)
 
     return call
@@ -112,13 +112,13 @@ def quest_scores(layers: Layers) -> Scores:
     unit = QUEST.unit_tokens
 
     def score(i: int, scores: Tensor, wanted: Wanted) -> object:
-        arguments = layers.query, layers.summaries[i], layers.pages, layers.seq_lens
+        arguments = layers.query, layers.summaries[i], layers.table
         return ops.score_pages(*arguments, unit, Bound.MEAN_STD, scores, wanted, layers.scratch)
 
     def exact(dtype: torch.dtype) -> Tensor:
         case = layers.sample(layers.count - 1)
         summary = layers.sampled_pages(layers.summaries[-1])
-        arguments = case.query, summary, case.pages, case.seq_lens, unit, Bound.MEAN_STD
+        arguments = case.query, summary, case.table, unit, Bound.MEAN_STD
         return reference.score_pages(*arguments, dtype=dtype)
 
     moved = byte_model.score_pages(layers.heads, layers.point.batch, layers.point.context // unit)
@@ -130,7 +130,7 @@ def seer_scores(layers: Layers) -> Scores:
     unit, gates = SEER.unit_tokens, layers.gates
 
     def score(i: int, scores: Tensor, wanted: Wanted) -> object:
-        arguments = layers.query, layers.gate_keys[i], layers.pages, layers.seq_lens
+        arguments = layers.query, layers.gate_keys[i], layers.table
         return ops.score_gates(*arguments, unit, gates[i], scores, wanted)
 
     def exact(dtype: torch.dtype) -> Tensor:
@@ -139,7 +139,7 @@ def seer_scores(layers: Layers) -> Scores:
         norm, rope = gate.query_norm.cpu(), gate.unrope.cpu()
         mine = Gate(weight, weight, norm, norm, unrope=rope, rope=rope)
         summary = layers.sampled_pages(layers.gate_keys[-1])
-        return reference.score_gates(case.query, summary, case.pages, case.seq_lens, unit, mine, dtype=dtype)
+        return reference.score_gates(case.query, summary, case.table, unit, mine, dtype=dtype)
 
     moved = byte_model.score_gates(layers.heads, layers.point.batch, layers.point.context // unit)
     terms = (layers.heads.queries_per_kv + 1) * layers.heads.head_dim
@@ -148,18 +148,18 @@ def seer_scores(layers: Layers) -> Scores:
 
 def tidal_scores(layers: Layers) -> Scores:
     """The attention mass of every token; all layers take the log-sum-exp of the last one, which is right there."""
-    arguments = layers.pages, layers.seq_lens, layers.everything(), layers.scale
+    arguments = layers.table, layers.everything(), layers.scale
     _, lse = ops.attend(layers.query, layers.kv(layers.count - 1), *arguments, scratch=layers.scratch)
 
     def score(i: int, scores: Tensor, wanted: Wanted) -> object:
-        arguments = layers.query, layers.kv(i).key, layers.pages, layers.seq_lens, lse, layers.scale
+        arguments = layers.query, layers.kv(i).key, layers.table, lse, layers.scale
         return ops.score_tokens(*arguments, scores, 1, wanted, layers.scratch)
 
     def exact(dtype: torch.dtype) -> Tensor:
         case = layers.sample(layers.count - 1)
         scores = torch.empty(1, 1, layers.point.context, dtype=dtype)
         mine = layers.sampled_queries(lse)
-        arguments = case.query, case.kv.key, case.pages, case.seq_lens, mine, case.scale
+        arguments = case.query, case.kv.key, case.table, mine, case.scale
         return reference.score_tokens(*arguments, scores, 1, dtype=dtype)
 
     moved = byte_model.score_tokens(layers.heads, layers.point.batch, layers.point.context)

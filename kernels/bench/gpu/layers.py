@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparseserve.ops import step_scratch
 from sparseserve.testing.cases import Case
-from sparseserve.types import Gate, HeadShape, PagedKV, Selection
+from sparseserve.types import Gate, HeadShape, PagedKV, PageTable, Selection
 
 DTYPE = torch.bfloat16
 LLAMA_8B = HeadShape(kv_heads=8, queries_per_kv=4, head_dim=128)
@@ -82,14 +82,15 @@ class Layers:
         self.caches = self.memory.as_strided(
             (self.count, self.pool, kv_heads, size, row), (self.pool * page, page, head, token, 1)
         )
-        self.page_state = self.memory[..., keys_and_values:gates_at].unflatten(-1, (kv_heads, self.quest_units, 2, dim))
-        self.page_state[..., 1, :].abs_()  # standard deviations
+        self.summaries = self.memory[..., keys_and_values:gates_at].unflatten(-1, (kv_heads, self.quest_units, 2, dim))
+        self.summaries[..., 1, :].abs_()  # standard deviations
         gate_keys = self.memory[..., gates_at:].view(torch.float32)
         self.gate_keys = gate_keys.unflatten(-1, (kv_heads, self.seer_units, dim)).normal_()
 
         order = torch.randperm(self.pool, device=device)
         self.pages = order.view(point.batch, per_row).int()
         self.seq_lens = torch.full((point.batch,), point.context, dtype=torch.int32, device=device)
+        self.table = PageTable(self.pages, self.seq_lens)
         self.query = torch.randn(point.batch, heads.query_heads, dim, device=device).mul(2).to(DTYPE)
         self.scale = dim**-0.5
         self.scratch = step_scratch(point.batch, heads.query_heads, dim, device)

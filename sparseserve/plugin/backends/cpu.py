@@ -182,12 +182,12 @@ class SparseCPUImpl(SparseImpl, CPUAttentionBackendImpl):
             self._write_groups(key, value, kv_cache, slot_mapping)
             return
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self._policy is not None and self._page_state_shape:
+        if self._policy is not None and self._page_state:
             bound = self._bound(kv_cache)
             metadata = get_forward_context().attn_metadata[layer.layer_name]
             tokens = metadata.positions.shape[0]
             new = NewTokens(slot_mapping[:tokens], metadata.positions)
-            self._policy.update_pages(new, bound.kv, bound.page_state, bound.plan)
+            self._policy.update_pages(bound, new)
 
     def forward(
         self,

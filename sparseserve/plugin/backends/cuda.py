@@ -252,17 +252,15 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
             self._write_groups(key, value, kv_cache, slot_mapping)
             return
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self._policy is None or not self._page_state_shape:
+        if self._policy is None or not self._page_state:
             return
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # vLLM warms up, without a token to keep
             return
         positions = metadata[layer.layer_name].positions
         tokens = min(positions.shape[0], slot_mapping.shape[0])  # either may go on with padding
-        bound = self._bound(kv_cache)
-        self._policy.update_pages(
-            NewTokens(slot_mapping[:tokens], positions[:tokens]), bound.kv, bound.page_state, bound.plan
-        )
+        new = NewTokens(slot_mapping[:tokens], positions[:tokens])
+        self._policy.update_pages(self._bound(kv_cache), new)
 
     def forward(
         self,

@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from sparseserve import ops
-from sparseserve.decode.layer import SparseLayer, decode_layer
+from sparseserve.decode.layer import decode_layer
 from sparseserve.decode.views import page_state
 from sparseserve.errors import UnsupportedError
 from sparseserve.footprint.groups import store_heads
@@ -29,7 +29,7 @@ from sparseserve.plugin.head_memory.pool import HeadGroups
 from sparseserve.plugin.settings import check_attention, group_problems, head_shape, model_shape, policy_of
 from sparseserve.plugin.watch.meter import Meter
 from sparseserve.policies import Policy
-from sparseserve.types import LayerPlan, PagedKV
+from sparseserve.types import LayerPlan, PagedKV, PageState, SparseLayer
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what its own loggers say
 
@@ -79,7 +79,7 @@ class SparseImpl:
         self,
         policy: Policy,
         plan: LayerPlan,
-        page_state_shape: tuple[int, ...],
+        kept: PageState | None,
         meter: Meter | None,
         heads: GroupedHeads | None,
     ) -> None:
@@ -87,7 +87,7 @@ class SparseImpl:
 
         `meter` is the one to report a finished step to, for the last layer only.
         """
-        self._policy, self._plan, self._page_state_shape, self._meter = policy, plan, page_state_shape, meter
+        self._policy, self._plan, self._page_state, self._meter = policy, plan, kept, meter
         self._heads, self._layer = heads, None
 
     def unbind(self) -> None:
@@ -98,7 +98,7 @@ class SparseImpl:
         if self._layer is None or self._cache != kv_cache.data_ptr():
             self._cache = kv_cache.data_ptr()
             pages = kv_cache if self._heads is None else self._heads.groups.pages
-            state = page_state(pages, self._page_state_shape, self._policy.page_state_dtype)
+            state = page_state(pages, self._page_state)
             places = None if self._heads is None else self._heads.places
             kv = replace(self.views(pages), places=places)
             self._layer = SparseLayer(self._policy, self._plan, kv, state, self.scale)
@@ -109,7 +109,7 @@ class SparseImpl:
         if get_forward_context().attn_metadata is None:
             return  # vLLM warms up, without a token to keep
         tokens = slot_mapping.shape[0]
-        ops.write_tokens(key[:tokens], value[:tokens], self._heads.groups.slots, self._bound(kv_cache).kv)
+        ops.write_tokens(key[:tokens], value[:tokens], self._heads.groups.slot_mappings, self._bound(kv_cache).kv)
 
     def _forward_groups(
         self, layer: torch.nn.Module, query: Tensor, kv_cache: Tensor, batch: GroupedStep, output: Tensor
@@ -167,11 +167,11 @@ def bind_layers(
     memory = memory_of(policy, plans, model, spec.dtype.itemsize, groups and groups.storage)
     meter.set_memory(memory, model.max_len)
     _log_capacity(memory, config.cache_config.num_gpu_blocks, model.max_len)
-    page_state_shape = policy.page_state_shape(model.heads, spec.block_size)
+    kept = policy.page_state(model.heads, spec.block_size)
     for (name, layer), plan in zip(layers.items(), plans, strict=True):
         check_attention(name, layer.impl)
         heads = GroupedHeads(groups, plan.layer, scratch) if groups else None
-        layer.impl.bind(policy, plan, page_state_shape, meter if plan is plans[-1] else None, heads)
+        layer.impl.bind(policy, plan, kept, meter if plan is plans[-1] else None, heads)
     return groups
 
 

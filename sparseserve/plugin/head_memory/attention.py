@@ -15,12 +15,11 @@ from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from sparseserve import ops
-from sparseserve.decode.layer import SparseLayer
 from sparseserve.decode.step import PROMPT_PIECE, StepBuffers
 from sparseserve.plugin.backends.rows import decode_rows, rows_from
 from sparseserve.plugin.head_memory.pool import HeadGroups
 from sparseserve.policies import Policy
-from sparseserve.types import PagedKV, PageTable, Selection, Step
+from sparseserve.types import PagedKV, PageTable, Selection, SparseLayer, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,5 +132,5 @@ class GroupedHeads:
         selection.spans.copy_(windows if one else windows[:, heads.kv])
         tables = prompt.tables.expand(-1, len(prompt.lengths), -1)
         out[:, heads.query], _ = ops.attend(
-            query[:, heads.query], kv, tables, prompt.lengths, selection, layer.scale, scratch=self.scratch
+            query[:, heads.query], kv, PageTable(tables, prompt.lengths), selection, layer.scale, scratch=self.scratch
         )

@@ -34,7 +34,7 @@ from sparseserve.plugin.head_memory.manager import SinkWindowSpec
 class HeadGroups:
     """The groups of one worker's KV heads.
 
-    Page tables and slots of the latest batch never move, so that captured graphs find them. The tables take
+    Page tables and slot mappings of the latest batch never move, so that captured graphs find them. The tables take
     4 * R * rows * N bytes: 25 MB for 12 groups and 256 rows of 128k tokens on pages of 64.
     """
 
@@ -46,7 +46,8 @@ class HeadGroups:
         self.names: list[str] = []  # of every group's first layer
         shape = len(storage.windows), rows, -(-model.max_len // model.page_size)
         self.tables = torch.zeros(shape, dtype=torch.int32, device=device)  # [R, rows, N]
-        self.slots = torch.full((len(storage.windows), tokens), -1, device=device)  # [R, tokens] int64, of new tokens
+        groups = len(storage.windows)
+        self.slot_mappings = torch.full((groups, tokens), -1, device=device)  # [R, tokens] int64, of new tokens
 
     def register(self, config: VllmConfig) -> None:
         """Put a layer for every group but the first beside the model's own layers, of whose first it takes note."""
@@ -106,7 +107,7 @@ class HeadGroups:
             poison.fill(self.pages)
         pages = -(-common.max_seq_len // self.model.page_size)
         self.tables[number, : common.num_reqs, :pages] = common.block_table_tensor[: common.num_reqs, :pages]
-        self.slots[number, : common.slot_mapping.shape[0]] = common.slot_mapping
+        self.slot_mappings[number, : common.slot_mapping.shape[0]] = common.slot_mapping
 
 
 class GroupLayer(AttentionLayerBase):

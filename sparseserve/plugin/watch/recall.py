@@ -108,7 +108,8 @@ class Recall:
 
     def _act(self, request: ServedRequest) -> None:
         action = self._policy.recall_action
-        if action == "widen" and (wider := self._policy.wider(request.budget_tokens)):
+        budgets = self._policy.budgets
+        if action == "widen" and budgets and (wider := budgets.wider(request.budget_tokens)):
             request.budget_tokens, request.widened = wider, request.widened + 1
             metrics.BUDGET_WIDENED.labels(self._policy.name).inc()
         elif action != "report":

@@ -130,6 +130,6 @@ def apart(requests: Sequence[ServedRequest | None], policy: Policy) -> RowOption
         return None
     dense = torch.tensor([request is not None and request.dense for request in requests])
     budgets = [None if request is None else request.budget_tokens for request in requests]
-    up_to = [policy.dense_rows_up_to(budget) for budget in budgets]
+    up_to = [policy.row_dense_up_to(budget) for budget in budgets]
     own = [POLICY_BUDGET if budget is None else budget for budget in budgets]
     return RowOptions(requests, dense, *(torch.tensor(numbers, dtype=torch.int32) for numbers in (own, up_to)))

@@ -91,9 +91,9 @@ def active_policy(policy: Policy, model: str, registry: CollectorRegistry) -> Ac
 
 
 def _requests(policy: Policy, model: str) -> Requests:
-    bounds = policy.budget_bounds
-    budget = _refusal(policy, BUDGET, bounds[0] if bounds else "N")
-    smallest, largest = bounds if bounds and budget is None else (None, None)
+    budgets = policy.budgets
+    budget = _refusal(policy, BUDGET, budgets.least if budgets else "N")
+    smallest, largest = (budgets.least, budgets.largest) if budgets and budget is None else (None, None)
     dense = _refusal(policy, POLICY, "dense")
     return Requests(
         per_request=policy.per_request,

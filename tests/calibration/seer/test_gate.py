@@ -20,7 +20,7 @@ from sparseserve.calibration.subject import load
 from sparseserve.errors import UnsupportedError
 from sparseserve.reference.gate import pool, rotate
 from sparseserve.testing.gates import plain_rope
-from sparseserve.types import Gate, HeadShape
+from sparseserve.types import Gate, HeadShape, PageTable
 
 RandomModel = Callable[..., Path]
 BLOCK, TOKENS = 16, 147
@@ -77,8 +77,8 @@ def served_scores(gate: Gate, key: Tensor, query: Tensor, position: int) -> Tens
     paged, tokens = pages.transpose(0, 1).contiguous(), torch.arange(length)
     summary = torch.zeros(len(paged), len(key), 1, gate.key.shape[2])
     reference.summarize_gates(paged, tokens, tokens, gate, summary)
-    table, lengths = torch.arange(len(paged)).int()[None], torch.tensor([length], dtype=torch.int32)
-    scores = reference.score_gates(query[None], summary, table, lengths, BLOCK, gate)[0]
+    table = PageTable(torch.arange(len(paged)).int()[None], torch.tensor([length], dtype=torch.int32))
+    scores = reference.score_gates(query[None], summary, table, BLOCK, gate)[0]
     return scores[:, : position // BLOCK].log_softmax(1)
 
 

@@ -31,10 +31,10 @@ def main(asked: dict[str, Any]) -> dict[str, str]:
     last = layers[[name for name in layers if name.endswith("attn")][-1]]
     attend = ops.attend
 
-    def everything(query: Any, kv: Any, pages: Any, lengths: Any, selection: Any, scale: float, **options: Any) -> Any:
-        full = Selection.empty(len(lengths), selection.spans.shape[1], 0, 32)
-        full.spans.copy_(lengths[:, None, None])
-        return attend(query, kv, pages, lengths, full, scale, **options)
+    def everything(query: Any, kv: Any, table: Any, selection: Any, scale: float, **options: Any) -> Any:
+        full = Selection.empty(len(table.seq_lens), selection.spans.shape[1], 0, 32)
+        full.spans.copy_(table.seq_lens[:, None, None])
+        return attend(query, kv, table, full, scale, **options)
 
     def other_keys(query: Any, kv: Any, *arguments: Any, **options: Any) -> Any:
         return attend(query.roll(1, -1), kv, *arguments, **options)

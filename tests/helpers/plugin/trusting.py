@@ -23,12 +23,13 @@ class Recorder:
         self._attend, self.recording = attend, False
         self.mass: dict[int, list[float]] = defaultdict(list)  # by address of the layer's keys
 
-    def __call__(self, query: Tensor, kv: Any, pages: Tensor, lengths: Tensor, selection: Any, scale: float,
-                 **options: Any) -> Any:  # fmt: skip
+    def __call__(self, query: Tensor, kv: Any, table: Any, selection: Any, scale: float, **options: Any) -> Any:
         if self.recording and options.get("attended") is not None:
-            for row, length in enumerate(lengths.tolist()):
-                self.mass[kv.key.data_ptr()].append(kept(query[row], kv, pages[row], length, selection, row, scale))
-        return self._attend(query, kv, pages, lengths, selection, scale, **options)
+            for row, length in enumerate(table.seq_lens.tolist()):
+                self.mass[kv.key.data_ptr()].append(
+                    kept(query[row], kv, table.pages[row], length, selection, row, scale)
+                )
+        return self._attend(query, kv, table, selection, scale, **options)
 
     def means(self) -> list[float]:
         """Of every layer, in order of the cache."""
