@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparseserve.errors import ConfigError
-from sparseserve.policies import Dense, Policy
+from sparseserve.policies import Policy
 
 POLICY, BUDGET = "sparse_policy", "sparse_budget_tokens"
 CHOICES = ("default", "dense")
@@ -64,9 +64,9 @@ def aliases(name: str, policy: Policy) -> list[str]:
     bounds = policy.budget_bounds
     budgets: list[int] = []
     if bounds is not None:
-        tokens = getattr(policy, "budget_tokens")  # noqa: B009 (budget policies alone have bounds)
+        tokens = policy.budget
         budgets = [size for size in (tokens // 2, tokens, 2 * tokens, 4 * tokens) if bounds[0] <= size <= bounds[1]]
-    changed = not (policy.frees_pages or isinstance(policy, Dense))  # by asking for dense attention
+    changed = policy.is_sparse and not policy.frees_pages  # by asking for dense attention
     endings = (["dense"] if changed else []) + [f"{BUDGET_ALIAS}{size}" for size in budgets]
     return [f"{name}{ALIAS}{ending}" for ending in endings]
 

@@ -28,7 +28,10 @@ class Policy(BaseModel, ABC):
 
     name: ClassVar[str]
     description: ClassVar[str]
-    paper: ClassVar[str | None] = None
+    papers: ClassVar[dict[str, str]] = {}  # address by title, the paper that it follows first
+    is_sparse: ClassVar[bool] = True  # whether it leaves tokens out
+    for_any_model: ClassVar[bool] = True  # whether models need not be trained or measured for it
+    finds_single_tokens: ClassVar[bool] = True  # wherever in a row they stand alone
     page_state_dtype: ClassVar[torch.dtype | None] = None  # of the page summaries; the cache's without
 
     min_tokens: Tokens = Field(1024, description="rows of at most this many tokens take vLLM's own attention")
@@ -58,6 +61,20 @@ class Policy(BaseModel, ABC):
         if self.recall_action == "widen" and self.budget_bounds is None:
             raise ValueError(f"recall_action = widen: {self.name} has no budget to widen; give recall_action=dense")
         return self
+
+    @classmethod
+    def has_defaults(cls) -> bool:
+        """Whether it can do without any setting, such as an artifact."""
+        return not any(field.is_required() for field in cls.model_fields.values())
+
+    @property
+    def budget(self) -> int:
+        """Tokens that a head attends to by its settings; 0 where they do not say so."""
+        return 0
+
+    def at_budget(self, tokens: int) -> dict[str, int]:
+        """The settings that make `tokens` the budget; none for a policy without one."""
+        return {}
 
     @property
     def head_scope(self) -> Scope:
@@ -208,6 +225,13 @@ class BudgetPolicy(Policy):
                 "raise it, or drop it"
             )
         return self
+
+    @property
+    def budget(self) -> int:
+        return self.budget_tokens
+
+    def at_budget(self, tokens: int) -> dict[str, int]:
+        return {"budget_tokens": tokens}
 
     @property
     def least_budget(self) -> int:
