@@ -31,7 +31,7 @@ class Policy(BaseModel, ABC):
     papers: ClassVar[dict[str, str]] = {}  # address by title, the paper that it follows first
     is_sparse: ClassVar[bool] = True  # whether it leaves tokens out
     for_any_model: ClassVar[bool] = True  # whether models need not be trained or measured for it
-    finds_single_tokens: ClassVar[bool] = True  # wherever in a row they stand alone
+    finds_single_tokens: ClassVar[bool] = True  # whether tokens that stand alone are found wherever they are
     page_state_dtype: ClassVar[torch.dtype | None] = None  # of the page summaries; the cache's without
 
     min_tokens: Tokens = Field(1024, description="rows of at most this many tokens take vLLM's own attention")
