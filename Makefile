@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CHECKS := .venv-checks
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.txt')
 
-.PHONY: demo test tune-demo loadtest-demo lint bench sanitize wheel gpu-build gpu-test gpu-bench gpu-bench-vllm clean
+.PHONY: demo test tune-demo loadtest-demo generate lint bench sanitize wheel gpu-build gpu-test gpu-bench gpu-bench-vllm clean
 
 demo: $(VENV)/.built
 	$(BIN)/sparseserve demo
@@ -46,6 +46,10 @@ loadtest-demo: $(VENV)/.built
 	    --policies tidal:reselect_layer=4:recall_sample=0.1,retrieval:artifact=$(LOADTEST)/heads.json,$(TOO_SHORT) \
 	    --max-model-len 5120 --max-num-seqs 4 --enforce-eager --disable-uvicorn-access-log; test $$? -eq 1
 	$(BIN)/python -c "import json; assert json.load(open('$(LOADTEST)/results.json'))['flagged'] == ['$(TOO_SHORT)']"
+
+# What follows from the policies and from the dashboards' panels: schemas, tables in the docs, dashboards.
+generate: $(VENV)/.built
+	$(BIN)/python -m deploy.generate
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

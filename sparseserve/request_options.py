@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparseserve.errors import ConfigError
-from sparseserve.policies import Dense, Policy
+from sparseserve.policies import Policy
 
 POLICY, BUDGET = "sparse_policy", "sparse_budget_tokens"
 CHOICES = ("default", "dense")
@@ -68,7 +68,7 @@ def aliases(name: str, policy: Policy) -> list[str]:
         budgets = [
             size for size in (tokens // 2, tokens, 2 * tokens, 4 * tokens) if bounds.least <= size <= bounds.largest
         ]
-    changed = not (policy.frees_pages or isinstance(policy, Dense))  # by asking for dense attention
+    changed = policy.is_sparse and not policy.frees_pages  # by asking for dense attention
     endings = (["dense"] if changed else []) + [f"{BUDGET_ALIAS}{size}" for size in budgets]
     return [f"{name}{ALIAS}{ending}" for ending in endings]
 

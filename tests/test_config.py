@@ -12,9 +12,7 @@ from sparseserve.config import find_policy, from_dict, load_policy, policy_file_
 from sparseserve.errors import ConfigError
 from sparseserve.policies import POLICIES, Quest, Streaming, Tidal
 from sparseserve.types import Scope
-from tests.helpers.paths import DEPLOY
 
-SCHEMA = DEPLOY / "policy.schema.json"
 TIDAL = ["reselect_layer=13"]
 FILE = """
 models:
@@ -156,12 +154,6 @@ def test_policies_travel_as_json(name: str) -> None:
     required = [key for key, field in POLICIES[name].model_fields.items() if field.is_required()]
     policy = load_policy(name, [f"{key}=a-file" for key in required], {}, "model")
     assert from_dict(json.loads(json.dumps(to_dict(policy)))) == policy
-
-
-def test_the_published_schema_is_up_to_date() -> None:
-    assert json.loads(SCHEMA.read_text()) == policy_file_schema(), (
-        "sparseserve policies --schema > deploy/policy.schema.json"
-    )
 
 
 def test_the_schema_accepts_and_refuses_what_we_do(policy_file: Callable[[str], str]) -> None:

@@ -1,4 +1,4 @@
-"""Writes the Grafana dashboards in `grafana/` from the panels in `panels/`; run it after a change of either."""
+"""The Grafana dashboards in `grafana/`, from the panels in `panels/`."""
 
 from __future__ import annotations
 
@@ -119,8 +119,3 @@ def rendered() -> dict[Path, str]:
     """What every file in `grafana/` holds."""
     specs = [yaml.safe_load(path.read_text()) for path in sorted((HERE / "panels").glob("*.yaml"))]
     return {HERE / "grafana" / f"{spec['uid']}.json": json.dumps(dashboard(spec), indent=2) + "\n" for spec in specs}
-
-
-if __name__ == "__main__":
-    for path, text in rendered().items():
-        path.write_text(text)

@@ -33,7 +33,8 @@ def describe(cls: type[Policy]) -> dict[str, Any]:
     """A policy in JSON-able words."""
     properties = cls.model_json_schema()["properties"]
     parameters = {key: {k: v for k, v in spec.items() if k != "title"} for key, spec in properties.items()}
-    return {"name": cls.name, "description": cls.description, "paper": cls.paper, "parameters": parameters}
+    paper = next(iter(cls.papers.values()), None)
+    return {"name": cls.name, "description": cls.description, "paper": paper, "parameters": parameters}
 
 
 def _table(described: list[dict[str, Any]]) -> Table:

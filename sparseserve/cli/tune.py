@@ -33,8 +33,12 @@ def tune(
         Literal["latency", "memory"], typer.Option(help="Least time per token, or least stored, then read, per token.")
     ] = "latency",
     policies: Annotated[
-        str, typer.Option(metavar="NAME[:KEY=VALUE]...,...", help="Candidates, each with its values and artifacts.")
-    ] = "dense,streaming,quest,hip",
+        str,
+        typer.Option(
+            metavar="NAME[:KEY=VALUE]...,...",
+            help="Candidates, each with its values and artifacts; without, all that suit any model as they are.",
+        ),
+    ] = "",
     budgets: Annotated[
         str, typer.Option(metavar="N,...", help="Budgets in tokens; powers of two up to half of the longest length.")
     ] = "",
@@ -60,13 +64,13 @@ def tune(
     from sparseserve.questions.tasks import TASKS
     from sparseserve.tuning.report import write_report
     from sparseserve.tuning.run import Asked, tune, write_policy
-    from sparseserve.tuning.search import with_budgets
+    from sparseserve.tuning.search import candidates, with_budgets
 
     tokens = tuple(whole_numbers("--lengths", lengths))
-    candidates = settings(policies, whole_numbers("--budgets", budgets) if budgets else [])
+    asked_for = settings(policies or candidates(), whole_numbers("--budgets", budgets) if budgets else [])
     request = Request(
         model=model,
-        settings=candidates if budgets else with_budgets(candidates, tokens),
+        settings=asked_for if budgets else with_budgets(asked_for, tokens),
         lengths=tokens,
         tasks=tuple(tasks.split(",")) if tasks else tuple(TASKS),
         depths=tuple(shares("--depths", depths)),

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from sparseserve import environment
 from sparseserve.config import load_policy, to_dict
 from sparseserve.errors import ConfigError
-from sparseserve.policies import POLICIES, BudgetPolicy, Policy, Streaming
+from sparseserve.policies import POLICIES, Policy
 from sparseserve.questions.tasks import TASKS
 
 RERUN = "rerun.json"  # where the commands for parts write
@@ -53,12 +53,9 @@ class Setting(BaseModel):
 
     def at(self, budget: int) -> Setting:
         """With a budget in tokens, where the policy takes one and none is given."""
-        policy, given = self.load(), self.values()
-        if isinstance(policy, BudgetPolicy) and "budget_tokens" not in given:
-            return self.with_pair(f"budget_tokens={budget}")
-        if isinstance(policy, Streaming) and "recent_tokens" not in given:
-            return self.with_pair(f"recent_tokens={budget - policy.sink_tokens}")
-        return self
+        given, wanted = self.values(), self.load().at_budget(budget)
+        pairs = [f"{key}={value}" for key, value in wanted.items() if key not in given]
+        return Setting(policy=self.policy, pairs=(*self.pairs, *pairs))
 
     def with_pair(self, pair: str) -> Setting:
         """With one more value."""

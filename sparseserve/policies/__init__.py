@@ -1,40 +1,24 @@
-"""The policies, by name."""
+"""The policies, by name: a policy is a file of this folder and a line below, in the order of every list and table."""
 
-from sparseserve.policies.base import Policy
-from sparseserve.policies.budget import BudgetPolicy
-from sparseserve.policies.dense import Dense
-from sparseserve.policies.hip import Hip
-from sparseserve.policies.moa import Moa
-from sparseserve.policies.quest import Quest
-from sparseserve.policies.retrieval import Retrieval
-from sparseserve.policies.s2 import S2
-from sparseserve.policies.seer import Seer
-from sparseserve.policies.streaming import Streaming
-from sparseserve.policies.tidal import Tidal
+from inspect import isabstract
+
+from sparseserve.policies.base import Policy as Policy
+from sparseserve.policies.budget import BudgetPolicy as BudgetPolicy
+
+# isort: off
+from sparseserve.policies.dense import Dense as Dense
+from sparseserve.policies.streaming import Streaming as Streaming
+from sparseserve.policies.quest import Quest as Quest
+from sparseserve.policies.tidal import Tidal as Tidal
+from sparseserve.policies.hip import Hip as Hip
+from sparseserve.policies.moa import Moa as Moa
+from sparseserve.policies.retrieval import Retrieval as Retrieval
+from sparseserve.policies.seer import Seer as Seer
+from sparseserve.policies.s2 import S2 as S2
+# isort: on
 
 POLICIES: dict[str, type[Policy]] = {
-    "dense": Dense,
-    "streaming": Streaming,
-    "quest": Quest,
-    "tidal": Tidal,
-    "hip": Hip,
-    "moa": Moa,
-    "retrieval": Retrieval,
-    "seer": Seer,
-    "s2": S2,
+    policy.name: policy
+    for policy in tuple(vars().values())
+    if isinstance(policy, type) and issubclass(policy, Policy) and not isabstract(policy)
 }
-
-__all__ = [
-    "POLICIES",
-    "BudgetPolicy",
-    "S2",
-    "Dense",
-    "Hip",
-    "Moa",
-    "Policy",
-    "Quest",
-    "Retrieval",
-    "Seer",
-    "Streaming",
-    "Tidal",
-]

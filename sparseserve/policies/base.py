@@ -18,7 +18,10 @@ class Policy(ServingOptions, ABC):
 
     name: ClassVar[str]
     description: ClassVar[str]
-    paper: ClassVar[str | None] = None
+    papers: ClassVar[dict[str, str]] = {}  # address by title, the paper that it follows first
+    is_sparse: ClassVar[bool] = True  # whether it leaves tokens out
+    for_any_model: ClassVar[bool] = True  # whether models need not be trained or measured for it
+    finds_single_tokens: ClassVar[bool] = True  # whether tokens that stand alone are found wherever they are
 
     @model_validator(mode="after")
     def _guards(self) -> Policy:
@@ -29,6 +32,20 @@ class Policy(ServingOptions, ABC):
         if self.recall_action == "widen" and self.budgets is None:
             raise ValueError(f"recall_action = widen: {self.name} has no budget to widen; give recall_action=dense")
         return self
+
+    @classmethod
+    def has_defaults(cls) -> bool:
+        """Whether it can do without any setting, such as an artifact."""
+        return not any(field.is_required() for field in cls.model_fields.values())
+
+    @property
+    def budget(self) -> int:
+        """Tokens that a head attends to by its settings; 0 where they do not say so."""
+        return 0
+
+    def at_budget(self, tokens: int) -> dict[str, int]:
+        """The settings that make `tokens` the budget; none for a policy without one."""
+        return {}
 
     @property
     def head_scope(self) -> Scope:

@@ -37,6 +37,13 @@ class BudgetPolicy(Policy):
         return self
 
     @property
+    def budget(self) -> int:
+        return self.budget_tokens
+
+    def at_budget(self, tokens: int) -> dict[str, int]:
+        return {"budget_tokens": tokens}
+
+    @property
     def least_budget(self) -> int:
         """A unit in tokens, beside sink and recent tokens."""
         return self.sink_tokens + self.recent_tokens + self.selection_unit

@@ -14,6 +14,7 @@ class Dense(Policy):
 
     name: ClassVar[str] = "dense"
     description: ClassVar[str] = "Every token, through the project's own kernels: the control."
+    is_sparse: ClassVar[bool] = False
 
     def plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         return tuple(LayerPlan(layer, Role.DENSE, dense_output=True) for layer in range(model.layers))

@@ -41,7 +41,11 @@ class Hip(BudgetPolicy):
 
     name: ClassVar[str] = "hip"
     description: ClassVar[str] = "The blocks that a search in three stages finds by a few keys; most steps reuse them."
-    paper: ClassVar[str | None] = "https://arxiv.org/abs/2502.08910"
+    papers: ClassVar[dict[str, str]] = {
+        "InfiniteHiP": "https://arxiv.org/abs/2502.08910",
+        "HiP": "https://arxiv.org/abs/2406.09827",
+    }
+    finds_single_tokens: ClassVar[bool] = False
 
     budget_tokens: PositiveTokens = Field(3328, description="tokens a head attends to, sink and recent included")
     sink_tokens: Tokens = Field(256, description="first tokens, always attended to; a multiple of the last chunk")

@@ -25,7 +25,7 @@ class Moa(WindowPolicy):
     description: ClassVar[str] = (
         "The first and the most recent tokens, as many as a plan gives each head at this length."
     )
-    paper: ClassVar[str | None] = "https://arxiv.org/abs/2406.14909"
+    papers: ClassVar[dict[str, str]] = {"MoA": "https://arxiv.org/abs/2406.14909"}
 
     artifact: str = Field(description="the plan: moa_alpha_beta.json as published, or what `convert` wrote")
     sink_tokens: Tokens = Field(64, description="first tokens, always attended to")

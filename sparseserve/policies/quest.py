@@ -28,7 +28,10 @@ class Quest(ScorePolicy):
 
     name: ClassVar[str] = "quest"
     description: ClassVar[str] = "The units whose key summaries promise the largest scores, chosen in every layer."
-    paper: ClassVar[str | None] = "https://arxiv.org/abs/2406.10774"
+    papers: ClassVar[dict[str, str]] = {
+        "Quest": "https://arxiv.org/abs/2406.10774",
+        "UNIQUE": "https://arxiv.org/abs/2605.27740",
+    }
 
     sink_tokens: Tokens = Field(16, description="first tokens, always attended to")
     recent_tokens: PositiveTokens = Field(64, description="last tokens, always attended to, the current one included")

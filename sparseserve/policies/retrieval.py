@@ -31,7 +31,11 @@ class Retrieval(WindowPolicy):
 
     name: ClassVar[str] = "retrieval"
     description: ClassVar[str] = "Everything for retrieval heads, the first and the most recent tokens for all others."
-    paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.10819"
+    papers: ClassVar[dict[str, str]] = {
+        "DuoAttention": "https://arxiv.org/abs/2410.10819",
+        "Retrieval Head": "https://arxiv.org/abs/2404.15574",
+        "RazorAttention": "https://arxiv.org/abs/2407.15891",
+    }
 
     artifact: str = Field(description="the head map as published, or what `convert` wrote")
     threshold: float | None = Field(None, description="least score of a retrieval head; the artifact's without")
@@ -51,6 +55,13 @@ class Retrieval(WindowPolicy):
         if self.frees_pages and self.compensate:
             raise ValueError("compensate sums up pages that kv_memory = per_head frees; give kv_memory=shared")
         return self
+
+    @property
+    def budget(self) -> int:
+        return self.recent_tokens or 0  # of the heads that do not retrieve; without, the artifact says it
+
+    def at_budget(self, tokens: int) -> dict[str, int]:
+        return {} if self.recent_tokens is None else {"recent_tokens": tokens}
 
     @property
     def head_scope(self) -> Scope:

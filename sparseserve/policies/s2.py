@@ -29,7 +29,9 @@ class S2(Policy):
     description: ClassVar[str] = (
         "The most recent blocks and every n-th block before them, which ones depends on the head."
     )
-    paper: ClassVar[str | None] = "https://arxiv.org/abs/2407.17678"
+    papers: ClassVar[dict[str, str]] = {"S2-Attention": "https://arxiv.org/abs/2407.17678"}
+    for_any_model: ClassVar[bool] = False
+    finds_single_tokens: ClassVar[bool] = False
 
     artifact: str | None = Field(None, description="config.json with blocksparse_* fields, or what `convert` wrote")
     block_tokens: Literal[16, 32, 64, 128] = Field(64, description="tokens per block")

@@ -35,7 +35,7 @@ class Seer(ScorePolicy):
 
     name: ClassVar[str] = "seer"
     description: ClassVar[str] = "The blocks that a trained gate expects the most attention in, chosen in every layer."
-    paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.08889"
+    papers: ClassVar[dict[str, str]] = {"SeerAttention-R": "https://arxiv.org/abs/2506.08889"}
 
     artifact: str = Field(description="the decode gates: a folder as published, or what `convert` wrote")
     budget_tokens: PositiveTokens = Field(2048, description="tokens a head attends to, the last block included")

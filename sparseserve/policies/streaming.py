@@ -18,14 +18,22 @@ class Streaming(WindowPolicy):
 
     name: ClassVar[str] = "streaming"
     description: ClassVar[str] = "The first and the most recent tokens, for every head."
-    paper: ClassVar[str | None] = "https://arxiv.org/abs/2309.17453"
+    papers: ClassVar[dict[str, str]] = {"StreamingLLM": "https://arxiv.org/abs/2309.17453"}
+    finds_single_tokens: ClassVar[bool] = False
 
     sink_tokens: Tokens = Field(4, description="first tokens, always attended to")
     recent_tokens: PositiveTokens = Field(1020, description="last tokens, the current one included")
 
     @property
+    def budget(self) -> int:
+        return self.sink_tokens + self.recent_tokens
+
+    def at_budget(self, tokens: int) -> dict[str, int]:
+        return {"recent_tokens": tokens - self.sink_tokens}
+
+    @property
     def dense_up_to(self) -> int:
-        return max(self.min_tokens, self.sink_tokens + self.recent_tokens)
+        return max(self.min_tokens, self.budget)
 
     def window_plans(self, model: ModelShape) -> tuple[LayerPlan, ...]:
         window = Window(

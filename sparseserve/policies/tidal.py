@@ -74,7 +74,8 @@ class Tidal(ScorePolicy):
 
     name: ClassVar[str] = "tidal"
     description: ClassVar[str] = "Two layers choose tokens by attention mass, the layers between and after reuse them."
-    paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.05076"
+    papers: ClassVar[dict[str, str]] = {"TidalDecode": "https://arxiv.org/abs/2410.05076"}
+    for_any_model: ClassVar[bool] = False
 
     select_layer: Layer = Field(2, description="first selection layer, dense before it")
     reselect_layer: Layers | None = Field(

@@ -11,11 +11,17 @@ from sparseserve.config import find_policy, to_dict
 from sparseserve.errors import ConfigError, SparseServeError
 from sparseserve.evaluation.request import Setting
 from sparseserve.evaluation.results import SettingResult
+from sparseserve.policies import POLICIES
 from sparseserve.server.launch.explain import explain
 from sparseserve.tuning.judge import Judged, Loss, longest, loss
 
 Measure = Callable[[Setting], SettingResult]
 LEAST_BUDGET = 256  # tokens
+
+
+def candidates() -> str:
+    """The policies that suit any model as they are, as `--policies` takes them."""
+    return ",".join(name for name, cls in POLICIES.items() if cls.for_any_model and cls.has_defaults())
 
 
 def budgets(lengths: Iterable[int]) -> list[int]:
@@ -93,7 +99,5 @@ def fitting(
 
 def _budget(setting: Setting) -> tuple[str, int]:
     """All values of a setting but its budget, and that in tokens; 0 for a policy without one."""
-    values = to_dict(setting.load())
-    key = next((key for key in ("budget_tokens", "recent_tokens") if values.get(key)), None)
-    budget = values.pop(key) if key else 0
-    return json.dumps(values), budget
+    policy = setting.load()
+    return json.dumps(to_dict(policy) | policy.at_budget(0)), policy.budget

@@ -33,7 +33,7 @@ def test_policies_lists_names_keys_and_papers() -> None:
 def test_policies_as_json() -> None:
     described = {policy["name"]: policy for policy in json.loads(run(app, ["policies", "--json"]).output)}
     assert list(described) == list(POLICIES)
-    assert described["quest"]["paper"] == Quest.paper
+    assert described["quest"]["paper"] == Quest.papers["Quest"] == "https://arxiv.org/abs/2406.10774"
     assert described["quest"]["parameters"]["unit_tokens"]["enum"] == [16, 32, 64]
     assert "default" not in described["moa"]["parameters"]["artifact"]
 

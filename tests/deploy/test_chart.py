@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -83,11 +82,6 @@ def refused() -> dict[str, str]:
 @pytest.mark.parametrize("case", BAD)
 def test_bad_values_are_refused(case: str, refused: dict[str, str]) -> None:
     assert BAD[case][1] in refused[case]
-
-
-def test_the_schema_has_the_published_policies() -> None:
-    module = load(HELM / "schema.py")
-    assert module.TARGET.read_text() == module.rendered(), "run python deploy/helm/schema.py"
 
 
 @EACH
@@ -261,11 +255,3 @@ def test_the_proxy_is_the_image_of_the_compose_stack() -> None:
     assert (
         values["proxy"]["image"] == yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["nginx"]["image"]
     )
-
-
-def load(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

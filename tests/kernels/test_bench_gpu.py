@@ -315,7 +315,7 @@ def test_vllm_table() -> None:
 
 def test_vllm_is_started_with_our_backend_only_under_a_policy() -> None:
     assert vllm_times.settings("vllm") == {}
-    for engine in vllm_times.POLICIES:
+    for engine in vllm_times.MEASURED:
         given = vllm_times.settings(engine)
         assert given["attention_config"] == {"backend_per_kind": {"full_attention": "CUSTOM"}}
         policy = given["additional_config"]["sparseserve"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from sparseserve.demo import circuits
 from sparseserve.demo.build import build
 from sparseserve.demo.gates import build_gates
-from sparseserve.policies import S2, Dense, Hip, Moa, Policy, Quest, Retrieval, Seer, Streaming, Tidal
+from sparseserve.policies import POLICIES, Policy
 from sparseserve.questions.needles import prose
 from sparseserve.testing.plans import all_heads, write_head_map, write_moa_plan
 
@@ -36,7 +37,22 @@ def deep_model(path: Path, layers: int) -> None:
 
 
 def policies(folder: Path, layers: int) -> dict[str, Policy]:
-    """What is measured, in engines whose policy is exchanged; artifacts are written to `folder`."""
+    """What is measured, by the name of the policy and what is special; artifacts are written to `folder`."""
+    measured = settings(folder, layers)
+    named = {label.partition(",")[0] for label in measured}
+    measured |= {name: {} for name in POLICIES if name not in named}
+    return {label: _policy(label.partition(",")[0], values) for label, values in measured.items()}
+
+
+def _policy(name: str, values: dict[str, Any]) -> Policy:
+    cls = POLICIES[name]
+    # An engine whose policy is exchanged cannot give heads pages of their own.
+    shared = {"kv_memory": "shared"} if "kv_memory" in cls.model_fields else {}
+    return cls(**shared | values)
+
+
+def settings(folder: Path, layers: int) -> dict[str, dict[str, Any]]:
+    """What differs from the defaults; policies that are not here are measured with theirs."""
     draw = random.Random(0)
     known = set(circuits.retrieval_heads())
     others = sorted(all_heads(layers) - known)
@@ -46,20 +62,25 @@ def policies(folder: Path, layers: int) -> dict[str, Policy]:
     tidal = {"budget_tokens": BUDGET, "reselect_layer": circuits.RESELECT_LAYER}
     large = {"budget_tokens": LARGE_BUDGET}
     return {
-        "dense": Dense(),
-        "streaming": Streaming(sink_tokens=4, recent_tokens=BUDGET - 4, kv_memory="shared"),
-        "quest": Quest(budget_tokens=BUDGET),
-        "quest, no dense layers": Quest(budget_tokens=BUDGET, dense_layers=0),
-        "tidal": Tidal(**tidal),
-        "tidal, units of 32": Tidal(**tidal | {"unit_tokens": 32}),
-        "quest, 2048": Quest(**large),
-        "tidal, units of 32, 2048": Tidal(**tidal | large | {"unit_tokens": 32}),
-        "hip, 2048": Hip(**large, sink_tokens=128, recent_tokens=512, wide_layers=0),
-        "seer, 2048": Seer(**large, artifact=str(folder / "gates.safetensors")),
-        "s2, 2048": S2(local_blocks=16, stride=32),
-        "moa": Moa(artifact=write_moa_plan(folder / "moa.json", spans.__getitem__, layers), kv_memory="shared"),
-        "retrieval": Retrieval(artifact=write_head_map(folder / "heads.json", half, layers), kv_memory="shared"),
+        "dense": {},
+        "streaming": {"sink_tokens": 4, "recent_tokens": BUDGET - 4},
+        "quest": {"budget_tokens": BUDGET},
+        "quest, no dense layers": {"budget_tokens": BUDGET, "dense_layers": 0},
+        "tidal": tidal,
+        "tidal, units of 32": tidal | {"unit_tokens": 32},
+        "quest, 2048": large,
+        "tidal, units of 32, 2048": tidal | large | {"unit_tokens": 32},
+        "hip, 2048": large | {"sink_tokens": 128, "recent_tokens": 512, "wide_layers": 0},
+        "seer, 2048": large | {"artifact": str(folder / "gates.safetensors")},
+        "s2, 2048": {"local_blocks": 16, "stride": 32},
+        "moa": {"artifact": write_moa_plan(folder / "moa.json", spans.__getitem__, layers)},
+        "retrieval": {"artifact": write_head_map(folder / "heads.json", half, layers)},
     }
+
+
+def needle(policy: Policy | None) -> tuple[str, str]:
+    """The name and the value that a prompt asks for: the far one, unless the policy may lose it."""
+    return FAR if policy is None or policy.finds_single_tokens else NEAR
 
 
 def prompt(context: int, needle: tuple[str, str]) -> str:

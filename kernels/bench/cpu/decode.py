@@ -22,11 +22,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kernels.bench.cpu.contenders import FAR, NEAR, deep_model, policies, prompt
+from kernels.bench.cpu.contenders import deep_model, needle, policies, prompt
 from kernels.bench.environment import options, write_record
 from sparseserve.config import WORKERS, to_dict
 from sparseserve.demo import circuits
-from sparseserve.policies import S2, Hip, Policy, Streaming
+from sparseserve.policies import Policy
 from sparseserve.testing.engine import rebind, roomiest, running_pages
 from sparseserve.types import HeadShape
 
@@ -34,7 +34,6 @@ HEADS = HeadShape(circuits.KV_HEADS, circuits.GROUP, circuits.HEAD_DIM)
 CONTEXTS = (512, 4096, 16384, 32768)
 CONTROL, AGAIN = "CPU_ATTN", "CPU_ATTN again"
 TOKENS = 16  # the value; the tokens after it are not timed
-WITHOUT_FAR = (Streaming, S2, Hip)  # do not read it, or find a score that stands alone only by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +101,10 @@ def measure(model: str, policies: dict[str, Policy], rounds: int, console: Conso
 
     def run(policy: Policy | None, context: int) -> tuple[float, bool]:
         pipe = pipes[policy is not None]
-        needle = NEAR if isinstance(policy, WITHOUT_FAR) else FAR
-        pipe.send((policy, prompt(context, needle)))
+        wanted = needle(policy)
+        pipe.send((policy, prompt(context, wanted)))
         seconds, answer = pipe.recv()
-        return seconds, answer == needle[1]
+        return seconds, answer == wanted[1]
 
     timings = []
     shuffle = random.Random(0).shuffle

@@ -1,7 +1,8 @@
 """Decode time per token with heads that store only their windows, beside the same policy with shared memory.
 
 An engine of each kind lives side by side; runs alternate in random order, so a ratio compares neighbours in time. Both
-must give the answer that a needle far back has (`streaming` is asked for one nearby). The model is that of decode.py.
+must give the answer that a needle far back has (policies that may lose it are asked for one nearby). The model is that
+of decode.py.
 """
 
 from __future__ import annotations
@@ -19,13 +20,12 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.table import Table
 
-from kernels.bench.cpu.contenders import FAR, NEAR, deep_model, policies, prompt
+from kernels.bench.cpu.contenders import deep_model, needle, policies, prompt
 from kernels.bench.cpu.decode import engine
 from kernels.bench.environment import options, write_record
 from sparseserve.policies import Policy
 
 CONTEXTS = (4096, 16384)
-NAMES = ("retrieval", "moa", "streaming")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +55,16 @@ def engines(model: str, policy: Policy) -> Iterator[dict[str, Connection]]:
         pipe.send(None)
 
 
-def measure(name: str, pipes: dict[str, Connection], context: int, rounds: int) -> Timing:
+def measure(name: str, policy: Policy, pipes: dict[str, Connection], context: int, rounds: int) -> Timing:
     """The first run of both fills their prefix caches and is not timed."""
-    needle = NEAR if name == "streaming" else FAR
+    wanted = needle(policy)
     draw, right = random.Random(context), True
     seconds: dict[str, list[float]] = {memory: [] for memory in pipes}
     for number in range(rounds + 1):
         for memory in draw.sample(sorted(pipes), len(pipes)):
-            pipes[memory].send((None, prompt(context, needle)))
+            pipes[memory].send((None, prompt(context, wanted)))
             taken, answer = pipes[memory].recv()
-            right = right and answer == needle[1]
+            right = right and answer == wanted[1]
             if number:
                 seconds[memory].append(taken)
     shared, per_head = seconds["shared"], seconds["per_head"]
@@ -89,10 +89,11 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         model = Path(folder) / "deep"
         deep_model(model, told.layers)
-        contenders = policies(Path(folder), told.layers)
-        for name in NAMES:
-            with engines(str(model), contenders[name]) as pipes:
-                timings += [measure(name, pipes, context, told.rounds) for context in CONTEXTS]
+        for name, policy in policies(Path(folder), told.layers).items():
+            if "kv_memory" not in type(policy).model_fields:
+                continue
+            with engines(str(model), policy) as pipes:
+                timings += [measure(name, policy, pipes, context, told.rounds) for context in CONTEXTS]
     Console().print(table(timings))
     write_record(told, [asdict(timing) for timing in timings])
 

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 from rich.table import Table
 
-from kernels.bench.cpu.contenders import FAR, NEAR, deep_model, policies, prompt
+from kernels.bench.cpu.contenders import deep_model, needle, policies, prompt
 from kernels.bench.cpu.decode import HEADS, engine
 from kernels.bench.environment import options, write_record
 from sparseserve.policies import Policy
@@ -45,15 +45,15 @@ class Timing:
 
 def measure(name: str, policy: Policy, pipe: Connection, context: int, rounds: int) -> Timing:
     """The first round fills the prefix cache and is not counted."""
-    needle = NEAR if name == "streaming" else FAR
+    wanted = needle(policy)
     kinds = {"plain": policy, "measured": policy.model_copy(update={"recall_sample": EVERY_STEP})}
     draw, right = random.Random(context), True
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(rounds + 1):
         for kind in draw.sample(sorted(kinds), len(kinds)):
-            pipe.send((kinds[kind], prompt(context, needle)))
+            pipe.send((kinds[kind], prompt(context, wanted)))
             taken, answer = pipe.recv()
-            right = right and answer == needle[1]
+            right = right and answer == wanted[1]
             if number:
                 seconds[kind].append(taken)
     plain, measured = seconds["plain"], seconds["measured"]

@@ -30,13 +30,12 @@ from typing import Any
 from kernels.bench.gpu.layer_times import shape
 from kernels.bench.gpu.layers import Point
 from kernels.bench.gpu.report import columns, environment, sensors
+from sparseserve.policies import POLICIES
 
 POINTS = ["131072x4", "65536x8", "65536x1", "32768x16", "2048x16"]  # tokens x rows, longest prompts first
 CONTROL, BUDGET, PAGE = "vllm", 2048, 64  # PAGE as our launcher has it
-POLICIES: dict[str, dict[str, Any]] = {
-    "quest": {"name": "quest", "budget_tokens": BUDGET},
-    "tidal": {"name": "tidal", "budget_tokens": BUDGET, "reselect_layer": 13},
-}
+MEASURED = ("quest", "tidal")  # unless other engines are asked for
+SETTINGS: dict[str, dict[str, Any]] = {"tidal": {"reselect_layer": 13}}  # beside the budget
 TOKENS, SETTLING = 48, 8  # of every row and round; the first steps are not counted
 COUNTED = ("kv_tokens_attended", "kv_tokens_resident", "decode_rows")
 MODEL: dict[str, Any] = {
@@ -90,10 +89,9 @@ def settings(engine: str) -> dict[str, Any]:
 def policy_settings(engine: str) -> dict[str, Any]:
     """All settings of a policy, as the plugin takes them."""
     from sparseserve.config import to_dict
-    from sparseserve.policies import POLICIES as CLASSES
 
-    given = dict(POLICIES[engine])
-    return to_dict(CLASSES[given.pop("name")](**given))
+    policy = POLICIES[engine](**SETTINGS.get(engine, {}))
+    return to_dict(policy.model_copy(update=policy.at_budget(BUDGET)))
 
 
 def serve(
@@ -242,7 +240,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--commit", required=True, help="of what is measured")
     parser.add_argument("--json", type=Path, help="write the results here, after every point")
     parser.add_argument("--points", nargs="+", type=shape, default=[shape(text) for text in POINTS])
-    parser.add_argument("--engines", nargs="+", choices=[CONTROL, *POLICIES], default=[CONTROL, *POLICIES])
+    policies = [name for name, cls in POLICIES.items() if cls.has_defaults()]
+    parser.add_argument("--engines", nargs="+", choices=[CONTROL, *policies], default=[CONTROL, *MEASURED])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", type=float, default=0.92, help="share of the GPU's memory that an engine takes")
     return parser.parse_args()

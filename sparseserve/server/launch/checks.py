@@ -12,7 +12,7 @@ from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.model import ModelShape
 from sparseserve.ops.library import kernels
 from sparseserve.plugin import settings
-from sparseserve.policies import Dense, Policy
+from sparseserve.policies import Policy
 from sparseserve.types import HeadShape, LayerPlan, Role
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _flags(config: VllmConfig) -> Iterator[Problem]:
 
 
 def _context(model: ModelConfig, policy: Policy) -> Iterator[Problem]:
-    if not isinstance(policy, Dense) and model.max_model_len <= policy.dense_up_to:
+    if policy.is_sparse and model.max_model_len <= policy.dense_up_to:
         allowed = f"more than {policy.dense_up_to}: up to there {policy.name} attends to everything"
         remedy = "give longer contexts, or set min_tokens and the budget lower"
         yield Problem("--max-model-len", model.max_model_len, allowed, remedy=remedy)
