@@ -41,12 +41,12 @@ def run(
     """
     from loadtest.judge import judge, read_eval
     from loadtest.report import render
-    from loadtest.run import Request, measure
+    from loadtest.run import LoadTest, measure
     from loadtest.scenario import read_scenario
     from loadtest.setting import setting, settings
     from loadtest.sweep import write_summary
 
-    request = Request(
+    request = LoadTest(
         scenario=read_scenario(scenario),
         model=model,
         control=setting(baseline),

@@ -16,7 +16,7 @@ from typing import Any
 from loadtest.answers import ByLoad, Checked, check, problems
 from loadtest.metrics import observe
 from loadtest.results import Cell, Results, SettingResult
-from loadtest.run import Request, Run, Served, by_role
+from loadtest.run import LoadTest, Run, Served, by_role
 from loadtest.scenario import LoadTestError, Scenario
 from loadtest.setting import Setting
 from loadtest.statistics import METRICS, Accuracy, Comparison, accuracy, compare, estimate, numbers
@@ -49,7 +49,7 @@ def read_eval(path: Path) -> Evaluated:
         raise LoadTestError(f"--eval {path} is no RESULTS.json of sparseserve eval: {error}") from None
 
 
-def judge(request: Request, plan: Sequence[Served], evaluated: Evaluated | None) -> Results:
+def judge(request: LoadTest, plan: Sequence[Served], evaluated: Evaluated | None) -> Results:
     """The results of all runs."""
     served = by_role(plan, request.policies)
     control, again = served[:2]

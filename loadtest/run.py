@@ -20,7 +20,7 @@ WARM_UP = "warm-up"
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class LoadTest:
     """What was asked for."""
 
     scenario: Scenario
@@ -72,14 +72,14 @@ class Served:
         return [run for run in self.runs if run.load.name == load]
 
 
-def order(request: Request) -> list[Served]:
+def order(request: LoadTest) -> list[Served]:
     """The control, the control again, and the policies in an order drawn by the scenario's seed."""
     drawn = random.Random(request.scenario.seed).sample(request.policies, len(request.policies))
     roles: list[tuple[Setting, Role]] = [(request.control, "control"), (request.control, "again")]
     return [Served(setting, role) for setting, role in roles + [(one, "policy") for one in drawn]]
 
 
-def measure(request: Request, say: Callable[[str], None]) -> list[Served]:
+def measure(request: LoadTest, say: Callable[[str], None]) -> list[Served]:
     """Everything, in order; a policy that fails says so, a control that does ends it with LoadTestError."""
     if request.url and request.scenario.answers == "control":
         raise LoadTestError(
@@ -104,7 +104,7 @@ def measure(request: Request, say: Callable[[str], None]) -> list[Served]:
     return plan
 
 
-def _measure(request: Request, served: Served, place: Path, say: Callable[[str], None]) -> None:
+def _measure(request: LoadTest, served: Served, place: Path, say: Callable[[str], None]) -> None:
     """One setting. Its client is its own: one that broke is not the next one's."""
     with (
         bench_client(place / "bench.log") as client,  # first, to import while the server starts
@@ -117,7 +117,7 @@ def _measure(request: Request, served: Served, place: Path, say: Callable[[str],
 
 
 def _runs(
-    request: Request, server: Server, client: BenchClient, tokens: Tokens, place: Path, say: Callable[[str], None]
+    request: LoadTest, server: Server, client: BenchClient, tokens: Tokens, place: Path, say: Callable[[str], None]
 ) -> Iterator[Run]:
     """The warm-up, then every load, as often as the scenario says: repeats are apart in time, as servers drift."""
     scenario = request.scenario
@@ -134,7 +134,7 @@ def _runs(
 class _Runner:
     """Runs against one server."""
 
-    request: Request
+    request: LoadTest
     server: Server
     client: BenchClient
     tokens: Tokens

@@ -15,7 +15,7 @@ PLAN_FILE = "moa_alpha_beta.json"  # as published, beside plans of baselines
 RUNTIME = {"sink": 64, "minimum": 128, "granularity": 64}  # constants of MoA's own runtime; the file has none
 
 
-class Plan(BaseModel):
+class MoaPlan(BaseModel):
     """What is in the file."""
 
     model_config = ConfigDict(extra="forbid")
@@ -24,7 +24,7 @@ class Plan(BaseModel):
     betas: Rows
 
 
-PLAN = TypeAdapter(Plan)
+PLAN = TypeAdapter(MoaPlan)
 
 
 def recognise(content: dict[str, Any]) -> bool:

@@ -43,12 +43,12 @@ def evaluate(
     """
     need("evaluate", "openai", "scipy")
     need(VLLM, "vllm")
-    from sparseserve.evaluation.request import Request, settings
+    from sparseserve.evaluation.evaluation import Evaluation, settings
     from sparseserve.evaluation.run import evaluate, partial_file
     from sparseserve.files import write_atomically
     from sparseserve.questions.tasks import TASKS
 
-    request = Request(
+    request = Evaluation(
         model=model,
         settings=settings(policies, whole_numbers("--budgets", budgets) if budgets else []),
         lengths=tuple(whole_numbers("--lengths", lengths)),

@@ -60,7 +60,7 @@ def tune(
     need(VLLM, "vllm")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout
     from sparseserve.cli.eval import progress_bar
-    from sparseserve.evaluation.request import Request, settings
+    from sparseserve.evaluation.evaluation import Evaluation, settings
     from sparseserve.questions.tasks import TASKS
     from sparseserve.tuning.report import write_report
     from sparseserve.tuning.run import Asked, tune, write_policy
@@ -68,7 +68,7 @@ def tune(
 
     tokens = tuple(whole_numbers("--lengths", lengths))
     asked_for = settings(policies or candidates(), whole_numbers("--budgets", budgets) if budgets else [])
-    request = Request(
+    request = Evaluation(
         model=model,
         settings=asked_for if budgets else with_budgets(asked_for, tokens),
         lengths=tokens,

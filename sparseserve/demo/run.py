@@ -32,7 +32,7 @@ VLLM_FLAGS = ["--max-model-len", "9216", "--max-num-seqs", "4", "--enforce-eager
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class TimedAnswer:
     """One streamed answer."""
 
     right: bool
@@ -44,7 +44,7 @@ class Answer:
 class Result:
     """What one policy did."""
 
-    answers: list[Answer]
+    answers: list[TimedAnswer]
     share: float  # of the resident KV tokens that decode steps attended to
 
     @property
@@ -83,7 +83,7 @@ def _serve(model: Path, policy: str, flags: Sequence[str], questions: list[Quest
         return Result(answers, _share(server))
 
 
-def _ask(client: OpenAI, question: Question) -> Answer:
+def _ask(client: OpenAI, question: Question) -> TimedAnswer:
     start = time.perf_counter()
     stream = client.chat.completions.create(
         model="demo", messages=[{"role": "user", "content": question.prompt}], temperature=0, max_tokens=16, stream=True
@@ -94,7 +94,7 @@ def _ask(client: OpenAI, question: Question) -> Answer:
             times.append(time.perf_counter())
             text += piece
     per_token = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
-    return Answer(text == question.answer, times[0] - start, per_token)
+    return TimedAnswer(text == question.answer, times[0] - start, per_token)
 
 
 def _share(server: Server) -> float:

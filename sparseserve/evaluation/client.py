@@ -21,7 +21,7 @@ FORCED = "forced_tokens"  # what plugin/forcing.py reads
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Completion:
     """A streamed answer."""
 
     text: str
@@ -55,7 +55,7 @@ class Client:
         draft = draft if self._spaces else replace(draft, question=draft.question.rstrip(" "))
         return fit(draft, length, self._count, self._size)
 
-    def ask(self, prompt: str, length: int, max_tokens: int) -> Answer:
+    def ask(self, prompt: str, length: int, max_tokens: int) -> Completion:
         """Greedy answer to a prompt of `length` tokens."""
         text, times, tokens = "", list[float](), 0
         for chunk in self._stream(prompt, max_tokens):
@@ -65,7 +65,7 @@ class Client:
                 text += (choice.delta.content if self._chats else choice.text) or ""
                 times.append(time.perf_counter())
                 tokens += len(getattr(choice, "token_ids", None) or ())
-        return Answer(text, times[-1] - times[0], tokens - 1)
+        return Completion(text, times[-1] - times[0], tokens - 1)
 
     def force(self, prompt: Sequence[int], forced: Sequence[int]) -> list[float]:
         """Natural log-probabilities of the tokens `forced`, each given all before it; the prompt decides the first."""

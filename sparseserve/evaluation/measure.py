@@ -8,10 +8,10 @@ from itertools import groupby
 from typing import Any
 
 from sparseserve.errors import ConfigError
-from sparseserve.evaluation.client import Answer, Client
+from sparseserve.evaluation.client import Client, Completion
+from sparseserve.evaluation.evaluation import Evaluation
 from sparseserve.evaluation.perplexity import FORCED_CHARACTERS, bits
 from sparseserve.evaluation.pieces import Piece, cells
-from sparseserve.evaluation.request import Request
 from sparseserve.questions.tasks import Draft, draft
 from sparseserve.server.launch.process import Server
 
@@ -23,7 +23,7 @@ RECALL = re.compile(r'sparseserve_layer_recall_(sum|count)\{.*layer="(\d+)"')
 class Examiner:
     """Asks the questions of a request; `prompts` outlive a server, for all settings are asked the same."""
 
-    request: Request
+    request: Evaluation
     prompts: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def check(self, client: Client) -> None:
@@ -77,7 +77,9 @@ class Examiner:
         total, counted = bits(client, text, piece.length, self.request.samples)
         return {"bits": total, "bytes": counted}
 
-    def _ask(self, client: Client, length: int, task: str, depth: float | None, sample: int) -> tuple[float, Answer]:
+    def _ask(
+        self, client: Client, length: int, task: str, depth: float | None, sample: int
+    ) -> tuple[float, Completion]:
         """An answer and its score."""
         question = draft(task, length, depth, sample, self.request.seed)
         prompt = self._prompt(client, question, (length, task, depth, sample))

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from sparseserve.evaluation.request import Request, Setting
+from sparseserve.evaluation.evaluation import Setting
 from sparseserve.questions.tasks import TASKS
 
 
@@ -45,7 +45,7 @@ class Piece:
         return setting.with_pair("recall_sample=1")
 
 
-def pieces(request: Request) -> Iterator[Piece]:
+def pieces(request: Evaluation) -> Iterator[Piece]:
     """All pieces, those of one server in a row."""
     for setting in request.settings:
         for length in request.lengths:
@@ -57,7 +57,7 @@ def pieces(request: Request) -> Iterator[Piece]:
             yield from (Piece("recall", setting, length) for length in request.lengths)
 
 
-def cells(request: Request) -> Iterator[tuple[str, float | None]]:
+def cells(request: Evaluation) -> Iterator[tuple[str, float | None]]:
     """Tasks, each at every depth where it has one."""
     for task in request.tasks:
         yield from ((task, depth) for depth in (request.depths if TASKS[task].placed else (None,)))

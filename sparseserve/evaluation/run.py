@@ -15,11 +15,11 @@ from openai import APIStatusError, OpenAIError
 
 from sparseserve.errors import SparseServeError
 from sparseserve.evaluation.client import Client
+from sparseserve.evaluation.evaluation import Evaluation, Setting
 from sparseserve.evaluation.journal import journal
 from sparseserve.evaluation.measure import Examiner
 from sparseserve.evaluation.pieces import pieces
 from sparseserve.evaluation.report import assemble, versions
-from sparseserve.evaluation.request import Request, Setting
 from sparseserve.evaluation.results import Results
 from sparseserve.server.launch.process import SERVE, Server, running
 
@@ -30,11 +30,11 @@ END = 10.0  # seconds that a dying server may take to be gone
 LAST_WORDS = 3000  # characters of a log
 
 Progress = Callable[[int, int, str], None]  # pieces done, pieces in all, the one at work
-Serve = Callable[[Request, Setting], AbstractContextManager[Server]]
+Serve = Callable[[Evaluation, Setting], AbstractContextManager[Server]]
 
 
 @contextmanager
-def serve(request: Request, setting: Setting) -> Iterator[Server]:
+def serve(request: Evaluation, setting: Setting) -> Iterator[Server]:
     """A server under a setting; SparseServeError with the end of its log when it does not start."""
     command, env = [*SERVE, request.model, *setting.flags(), *request.vllm], {}
     if request.text is not None:
@@ -48,7 +48,7 @@ def serve(request: Request, setting: Setting) -> Iterator[Server]:
 
 
 def evaluate(
-    request: Request,
+    request: Evaluation,
     output: Path | None = None,
     progress: Progress = lambda done, total, piece: None,
     serve: Serve = serve,
@@ -83,7 +83,7 @@ def partial_file(output: Path) -> Path:
     return output.with_suffix(".partial.jsonl")
 
 
-def _asked(request: Request) -> dict[str, Any]:
+def _asked(request: Evaluation) -> dict[str, Any]:
     """What findings depend on beside their setting and its artifact: only those of the same may be put together."""
     text, config = request.read_text(), Path(request.model) / "config.json"
     return {

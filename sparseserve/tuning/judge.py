@@ -10,7 +10,7 @@ from typing import Literal
 from scipy.stats import binomtest
 
 from sparseserve.errors import Problem, TuningError
-from sparseserve.evaluation.request import Setting
+from sparseserve.evaluation.evaluation import Setting
 from sparseserve.evaluation.results import AtLength, Cell, SettingResult
 
 Objective = Literal["latency", "memory"]

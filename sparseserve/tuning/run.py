@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from sparseserve.errors import FileError, Problem, TuningError
-from sparseserve.evaluation.request import Request, Setting
+from sparseserve.evaluation.evaluation import Evaluation, Setting
 from sparseserve.evaluation.results import Results, SettingResult
 from sparseserve.evaluation.run import Progress, evaluate, partial_file
 from sparseserve.files import write_atomically
@@ -22,14 +22,14 @@ from sparseserve.tuning.search import descend, families, fitting, judge
 OWN_ATTENTION = Setting(policy="dense", pairs=(f"min_tokens={2**31 - 1}",))  # rows of every length are vLLM's
 MEASURED, AGAIN = "measured.json", "again.json"
 
-Evaluate = Callable[[Request, Path, Progress], Results]
+Evaluate = Callable[[Evaluation, Path, Progress], Results]
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What is to be tuned: the settings of `request` are the candidates."""
 
-    request: Request
+    request: Evaluation
     objective: Objective
     max_loss: float  # 0 to 1
     command: str  # tunes again
@@ -90,7 +90,7 @@ def write_policy(tuning: Tuning, path: Path) -> None:
 class _Lab:
     """Measures a setting at a time; all of it is kept in the same journal."""
 
-    request: Request
+    request: Evaluation
     folder: Path
     progress: Progress
     evaluate: Evaluate

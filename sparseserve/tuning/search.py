@@ -9,7 +9,7 @@ from operator import itemgetter
 
 from sparseserve.config import find_policy, to_dict
 from sparseserve.errors import ConfigError, SparseServeError
-from sparseserve.evaluation.request import Setting
+from sparseserve.evaluation.evaluation import Setting
 from sparseserve.evaluation.results import SettingResult
 from sparseserve.policies import POLICIES
 from sparseserve.server.launch.explain import explain

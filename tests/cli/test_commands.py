@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from sparseserve.cli import app, serve
 from sparseserve.config import policy_file_schema
 from sparseserve.errors import SparseServeError
-from sparseserve.evaluation.request import Request
+from sparseserve.evaluation.evaluation import Request
 from sparseserve.policies import POLICIES, Quest
 from sparseserve.server import diagnose
 

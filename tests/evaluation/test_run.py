@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 from sparseserve.cli import app
 from sparseserve.errors import ConfigError, SparseServeError
 from sparseserve.evaluation import run
+from sparseserve.evaluation.evaluation import Evaluation, Setting, settings
 from sparseserve.evaluation.perplexity import bits
-from sparseserve.evaluation.request import Request, Setting, settings
 from sparseserve.evaluation.results import Results
 from sparseserve.evaluation.run import evaluate, partial_file
 from tests.helpers.evaluation import FakeClient, Fakes, FakeServer
 
 BOTH = settings("dense,quest", [512])
-REQUEST = Request(model="model", settings=BOTH, lengths=(700, 900), tasks=("needle",), samples=3, recall=False)
+REQUEST = Evaluation(model="model", settings=BOTH, lengths=(700, 900), tasks=("needle",), samples=3, recall=False)
 CELLS = 2 * 2 * 3  # settings, lengths, depths
 
 
@@ -93,7 +93,7 @@ def test_another_artifact_of_the_same_name_is_measured_anew(tmp_path: Path, name
 def test_a_command_asks_the_same_questions_again(tmp_path: Path) -> None:
     """The commands in the results, typed in again, make requests whose cells score the same."""
     results = evaluate(REQUEST, serve=Fakes(tmp_path))
-    asked: list[Request] = []
+    asked: list[Evaluation] = []
     for setting in results.settings:
         for command in [setting.command, setting.lengths[0].command, *(cell.command for cell in setting.cells)]:
             asked.append(typed(command, tmp_path))
@@ -103,11 +103,11 @@ def test_a_command_asks_the_same_questions_again(tmp_path: Path) -> None:
     assert typed(results.command, tmp_path) == REQUEST
 
 
-def typed(command: str, folder: Path) -> Request:
+def typed(command: str, folder: Path) -> Evaluation:
     """The request that a command makes."""
-    seen: list[Request] = []
+    seen: list[Evaluation] = []
 
-    def evaluate(request: Request, *_: object) -> None:
+    def evaluate(request: Evaluation, *_: object) -> None:
         seen.append(request)
         raise SparseServeError("seen")
 

@@ -16,7 +16,7 @@ import torch
 
 from sparseserve.demo.build import build
 from sparseserve.evaluation.client import Client
-from sparseserve.evaluation.request import Request, Setting, settings
+from sparseserve.evaluation.evaluation import Evaluation, Setting, settings
 from sparseserve.evaluation.results import Results
 from sparseserve.evaluation.run import FORCING, Serve, evaluate
 from sparseserve.questions.needles import prose
@@ -58,7 +58,7 @@ def only(server: Server) -> Serve:
     """A server that is there already, whatever is asked for."""
 
     @contextmanager
-    def serve(request: Request, setting: Setting) -> Iterator[Server]:
+    def serve(request: Evaluation, setting: Setting) -> Iterator[Server]:
         yield server
 
     return serve
@@ -78,7 +78,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(model: Path, dense: Server, text: Path) -> Results:
-    request = Request(
+    request = Evaluation(
         model=str(model),
         settings=settings("dense", []),
         lengths=(LENGTH,),
@@ -138,7 +138,7 @@ def test_dense_reads_everything(results: Results) -> None:
 
 def test_recall_and_density_of_a_sparse_policy(model: Path, quest: Server) -> None:
     """The first two layers of quest are dense; the others read 768 tokens of about 1500."""
-    request = Request(
+    request = Evaluation(
         model=str(model),
         settings=settings("quest", [768]),
         lengths=(800, LENGTH),

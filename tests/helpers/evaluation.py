@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparseserve.evaluation.client import Client
-from sparseserve.evaluation.request import Request, Setting
+from sparseserve.evaluation.evaluation import Evaluation, Setting
 from sparseserve.server.launch.process import Server
 
 ASKED = re.compile(r"The pass key of (\w+) is ?$")
@@ -119,7 +119,7 @@ class Fakes:
         self.servers: list[FakeServer] = []
 
     @contextmanager
-    def __call__(self, request: Request, setting: Setting) -> Iterator[Server]:
+    def __call__(self, request: Evaluation, setting: Setting) -> Iterator[Server]:
         process = subprocess.Popen(["sleep", "1000"])
         (log := self.folder / "log").write_text("loading ... Killed")
         http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)

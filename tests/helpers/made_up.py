@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sparseserve.evaluation.request import Setting
+from sparseserve.evaluation.evaluation import Setting
 from sparseserve.evaluation.results import AtLength, Cell, Results, SettingResult
 from sparseserve.tuning.judge import Judged, longest, loss
 

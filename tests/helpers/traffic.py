@@ -57,7 +57,7 @@ ENDLESS = {"max_tokens": 4000, "ignore_eos": True}
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class Sent:
     """What is sent, and what is to come of it."""
 
     body: bytes
@@ -68,10 +68,10 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Received:
     """What came back."""
 
-    request: Request
+    request: Sent
     outcome: str
     texts: list[str]  # n of them; of an error its body
     sparsity: dict[str, Any] | None = None  # of the usage
@@ -81,7 +81,7 @@ class Answer:
 class Run:
     """What came of some requests."""
 
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[Received] = field(default_factory=list)
     memory: list[tuple[int, int, int]] = field(default_factory=list)  # requests ended; bytes of the worker, of the rest
 
     def growth(self, processes: str) -> tuple[float, float]:
@@ -96,30 +96,30 @@ class Run:
         return mean(slopes), stdev(slopes) / math.sqrt(PARTS)
 
 
-def traffic(count: int, seed: int, ours: bool = True) -> list[Request]:
+def traffic(count: int, seed: int, ours: bool = True) -> list[Sent]:
     """So many requests, one in eight a mistake, one in ten cancelled; with our options or without."""
     draw = random.Random(seed)
     return [_mistake(draw, ours) if draw.random() < 1 / 8 else _question(draw, ours) for _ in range(count)]
 
 
-def _mistake(draw: random.Random, ours: bool) -> Request:
+def _mistake(draw: random.Random, ours: bool) -> Sent:
     wrong = draw.choice([None, *MISTAKES, *(OUR_MISTAKES if ours else [])])
     body = _body(0, {})
-    return Request(body[:-9] if wrong is None else _body(0, wrong), "rejected")
+    return Sent(body[:-9] if wrong is None else _body(0, wrong), "rejected")
 
 
-def _question(draw: random.Random, ours: bool) -> Request:
+def _question(draw: random.Random, ours: bool) -> Sent:
     choice = draw.choice(list(WAYS)) if ours else "default"
     way = draw.choice(WAYS[choice]) if ours else {}
     question, stream, cancelled = draw.randrange(len(QUESTIONS)), draw.random() < 0.5, draw.random() < 1 / 10
     shape = ENDLESS if cancelled else draw.choice([{}, TWICE])
     body = _body(question, {**way, **shape, **(STREAM if stream else {})})
-    return Request(body, "aborted" if cancelled else "ok", choice, question, stream)
+    return Sent(body, "aborted" if cancelled else "ok", choice, question, stream)
 
 
-def alone(choice: str, question: int) -> Request:
+def alone(choice: str, question: int) -> Sent:
     """The plainest request for a choice."""
-    return Request(_body(question, WAYS[choice][0]), "ok", choice, question)
+    return Sent(_body(question, WAYS[choice][0]), "ok", choice, question)
 
 
 def _body(question: int, changes: dict[str, Any]) -> bytes:
@@ -127,12 +127,12 @@ def _body(question: int, changes: dict[str, Any]) -> bytes:
     return json.dumps(body | changes).encode()
 
 
-def send(server: Server, requests: Sequence[Request], parallel: int = PARALLEL) -> Run:
+def send(server: Server, requests: Sequence[Sent], parallel: int = PARALLEL) -> Run:
     """Send all, so many at a time."""
     run, lock = Run(), threading.Lock()
     processes = _processes(server)
 
-    def one(request: Request) -> None:
+    def one(request: Sent) -> None:
         answer = _exchange(server.url, request)
         with lock:
             run.answers.append(answer)
@@ -156,31 +156,31 @@ def _held(processes: Sequence[psutil.Process]) -> tuple[int, int]:
     return sum(worker), sum(process.memory_info().rss for process in processes) - sum(worker)
 
 
-def _exchange(url: str, request: Request) -> Answer:
+def _exchange(url: str, request: Sent) -> Received:
     if request.outcome == "aborted" and not request.stream:
         return _hang_up(url, request)
     # A client of its own: threads that share one may wait for each other's connection.
     with httpx.stream("POST", url + PATH, content=request.body, headers=JSON, timeout=60, verify=False) as response:
         if response.status_code != 200:
             outcome = "rejected" if response.status_code < 500 else "failed"
-            return Answer(request, outcome, [response.read().decode()])
+            return Received(request, outcome, [response.read().decode()])
         lines = response.iter_lines()
         if request.outcome == "aborted":
             next(lines)
-            return Answer(request, "aborted", [])
+            return Received(request, "aborted", [])
         return _read(request, lines)
 
 
-def _hang_up(url: str, request: Request) -> Answer:
+def _hang_up(url: str, request: Sent) -> Received:
     """Go away before an answer that takes longer."""
     connection = HTTPConnection(urlsplit(url).netloc)
     connection.request("POST", PATH, request.body, JSON)
     time.sleep(0.2)
     connection.close()
-    return Answer(request, "aborted", [])
+    return Received(request, "aborted", [])
 
 
-def _read(request: Request, lines: Iterable[str]) -> Answer:
+def _read(request: Sent, lines: Iterable[str]) -> Received:
     """An answer to its end, streamed or not."""
     texts: dict[int, str] = {}
     usage: dict[str, Any] = {}
@@ -190,4 +190,4 @@ def _read(request: Request, lines: Iterable[str]) -> Answer:
         usage = event.get("usage") or usage
         for choice in event["choices"]:
             texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
-    return Answer(request, "ok", list(texts.values()), usage.get("sparsity"))
+    return Received(request, "ok", list(texts.values()), usage.get("sparsity"))

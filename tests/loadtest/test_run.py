@@ -20,7 +20,7 @@ import loadtest.run
 from loadtest.__main__ import app
 from loadtest.judge import judge
 from loadtest.prompts import Tokens
-from loadtest.run import Request, measure, order
+from loadtest.run import LoadTest, measure, order
 from loadtest.scenario import LoadTestError
 from loadtest.server import Server, command, serving
 from loadtest.setting import Setting, setting, settings
@@ -56,7 +56,7 @@ def test_the_control_runs_twice_first_and_the_others_in_a_drawn_order(tmp_path: 
 
     def names(seed: int) -> list[str]:
         wanted = scenario(seed=seed)
-        return [one.name for one in order(Request(wanted, "m", Setting("dense"), asked, None, (), tmp_path, ""))]
+        return [one.name for one in order(LoadTest(wanted, "m", Setting("dense"), asked, None, (), tmp_path, ""))]
 
     assert names(0)[:2] == ["dense", "dense, again"]
     assert sorted(names(0)[2:]) == list("abcdef") and names(0) == names(0)
@@ -84,7 +84,7 @@ def test_a_policy_that_is_refused_is_so_before_any_server_starts(
     python.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(python))
     flags = ("--block-size", "64")
-    asked = Request(scenario(), "m", Setting("vllm"), settings("tidl"), None, flags, tmp_path / "out", "")
+    asked = LoadTest(scenario(), "m", Setting("vllm"), settings("tidl"), None, flags, tmp_path / "out", "")
     told = "tidl: sparseserve: -m sparseserve explain m --policy tidl --block-size 64 is refused$"
     with pytest.raises(LoadTestError, match=told):
         measure(asked, print)
@@ -127,7 +127,7 @@ def test_every_setting_is_sent_the_same_and_no_run_what_another_was(load: Load, 
 
 
 def test_servers_of_their_own_are_sent_the_same(tmp_path: Path, server: Server) -> None:
-    asked = Request(scenario(), "m", Setting("dense"), settings("quest"), None, (), tmp_path, "")
+    asked = LoadTest(scenario(), "m", Setting("dense"), settings("quest"), None, (), tmp_path, "")
     bench: Any = FakeBench({}, {})
     for name in ("0-dense", "1-quest"):
         (tmp_path / name).mkdir()
@@ -220,7 +220,7 @@ def served(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
         long = scenario(
             prompts={"kind": "reasoning", "length": 40}, answers="control", same_characters=8, output_tokens=16
         )
-        asked = Request(long, "m", Setting("dense"), settings("quest"), None, (), tmp_path, "")
+        asked = LoadTest(long, "m", Setting("dense"), settings("quest"), None, (), tmp_path, "")
         return judge(asked, measure(asked, lambda _: None), None).settings
 
     return run

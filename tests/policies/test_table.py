@@ -15,7 +15,7 @@ from kernels.bench.cpu.contenders import policies as contenders
 from sparseserve.cli import app
 from sparseserve.config import policy_file_schema
 from sparseserve.demo.circuits import LAYERS
-from sparseserve.evaluation.request import settings
+from sparseserve.evaluation.evaluation import settings
 from sparseserve.model import ModelShape
 from sparseserve.policies import POLICIES, Policy
 from sparseserve.tuning.search import candidates, families, with_budgets

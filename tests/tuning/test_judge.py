@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sparseserve.errors import TuningError
-from sparseserve.evaluation.request import Setting
+from sparseserve.evaluation.evaluation import Setting
 from sparseserve.tuning.judge import Judged, choose, loss, pareto
 from tests.helpers.made_up import Lab
 

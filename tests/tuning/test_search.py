@@ -12,8 +12,8 @@ from sparseserve.cli.tune import show
 from sparseserve.config import read_policy_file
 from sparseserve.demo.build import build
 from sparseserve.errors import FileError, TuningError
+from sparseserve.evaluation.evaluation import Evaluation, Setting, settings
 from sparseserve.evaluation.pieces import Piece
-from sparseserve.evaluation.request import Request, Setting, settings
 from sparseserve.evaluation.results import Results
 from sparseserve.evaluation.run import partial_file
 from sparseserve.tuning.run import OWN_ATTENTION, Asked, Evaluate, tune, write_policy
@@ -30,7 +30,7 @@ class Servers:
     def __init__(self, lab: Lab, enough: dict[str, int]) -> None:
         self.lab, self.enough, self.asked = lab, enough, list[tuple[str, bool]]()
 
-    def __call__(self, request: Request, output: Path, progress: Callable[[int, int, str], None]) -> Results:
+    def __call__(self, request: Evaluation, output: Path, progress: Callable[[int, int, str], None]) -> Results:
         (setting,) = request.settings
         self.asked.append((str(setting), request.recall))
         budget = int(setting.values().get("budget_tokens", setting.values().get("recent_tokens", 8192)))
@@ -53,7 +53,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def ask(model: str, policies: str, tokens: list[int], evaluate: Evaluate, folder: Path, **changes: object):
-    request = Request(model=model, settings=settings(policies, tokens), lengths=(8192,), tasks=("needle",), vllm=VLLM)
+    request = Evaluation(
+        model=model, settings=settings(policies, tokens), lengths=(8192,), tasks=("needle",), vllm=VLLM
+    )
     asked = Asked(request, changes.get("objective", "latency"), 0.01, "sparseserve tune")
     return tune(asked, folder / "partial", lambda done, total, piece: None, evaluate)
 
@@ -104,7 +106,7 @@ def test_the_baseline_is_timed_again_after_what_a_later_run_measures(model: str,
     class Keeping(Servers):
         """Asks nothing again that is in the file."""
 
-        def __call__(self, request: Request, output: Path, progress: Callable[[int, int, str], None]) -> Results:
+        def __call__(self, request: Evaluation, output: Path, progress: Callable[[int, int, str], None]) -> Results:
             file, key = partial_file(output), f"{request.settings[0]} {request.recall}\n"
             known = file.is_file() and key in file.read_text().splitlines(keepends=True)
             with file.open("a") as keep:

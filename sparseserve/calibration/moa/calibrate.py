@@ -55,7 +55,7 @@ class Goal:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SearchedPlan:
     """One line alpha + beta N for each KV head."""
 
     alpha: Tensor  # [L, H] fp64 tokens
@@ -96,7 +96,7 @@ def calibrate(subject: Subject, goal: Goal, draw: Draw, output: Path, console: C
     losses, dense = profile(subject, draw, goal.lengths, goal.validate_length, on_device, Chunks(output, used, console))
     search = Search(losses[:-1], losses[-1], densities, goal.bounded)
     choices, gap = search.pareto()
-    plans = [Plan(alpha[choice], beta[choice]) for choice in choices]
+    plans = [SearchedPlan(alpha[choice], beta[choice]) for choice in choices]
 
     used["plans"] = [[plan.alpha.tolist(), plan.beta.tolist()] for plan in plans]
     chunks = Chunks(output, used, console)
@@ -109,7 +109,7 @@ def calibrate(subject: Subject, goal: Goal, draw: Draw, output: Path, console: C
     return found | {"candidates": len(alpha), "largest_gap": gap, "profiled_loss": profiled}
 
 
-def _write(subject: Subject, plans: Sequence[Plan], told: Sequence[Told], output: Path) -> list[Told]:
+def _write(subject: Subject, plans: Sequence[SearchedPlan], told: Sequence[Told], output: Path) -> list[Told]:
     """Save the plans, the one of least loss as `output`; what is told of each, in this order, with its file."""
     ranked = sorted(zip(told, plans, strict=True), key=lambda pair: pair[0]["validation"]["loss"])
     files = [output, *(output.with_stem(f"{output.stem}-{place}") for place in range(2, len(plans) + 1))]
@@ -118,7 +118,7 @@ def _write(subject: Subject, plans: Sequence[Plan], told: Sequence[Told], output
     return [{"file": file.name} | one for file, (one, _) in zip(files, ranked, strict=True)]
 
 
-def _compared(subject: Subject, goal: Goal, draw: Draw, plans: Sequence[Plan], chunks: Chunks) -> Told:
+def _compared(subject: Subject, goal: Goal, draw: Draw, plans: Sequence[SearchedPlan], chunks: Chunks) -> Told:
     """Densities and outcomes of the plans, of the uniform window and of dense attention."""
     uniform = _uniform(plans, goal.validate_length)
     tried = [*plans, uniform]
@@ -131,12 +131,12 @@ def _compared(subject: Subject, goal: Goal, draw: Draw, plans: Sequence[Plan], c
     return {"plans": told[:-1], "uniform": told[-1], "dense": {"validation": dense}}
 
 
-def _densities(plan: Plan, lengths: Sequence[int]) -> dict[int, dict[str, float]]:
+def _densities(plan: SearchedPlan, lengths: Sequence[int]) -> dict[int, dict[str, float]]:
     """Shares of the tokens that are read; a KV head's query heads have its window, so both are the same."""
     return {length: dict.fromkeys(("per_query_head", "per_kv_head"), plan.density(length)) for length in lengths}
 
 
-def _uniform(plans: Sequence[Plan], length: int) -> Plan:
+def _uniform(plans: Sequence[SearchedPlan], length: int) -> SearchedPlan:
     """The window of no fewer tokens than any of the plans reads at this length, the same for all heads."""
     share = max(plan.density(length) for plan in plans)
-    return Plan(torch.zeros_like(plans[0].alpha), torch.full_like(plans[0].beta, share))
+    return SearchedPlan(torch.zeros_like(plans[0].alpha), torch.full_like(plans[0].beta, share))

@@ -39,10 +39,10 @@ class OutcomeMiddleware:
             return await self._app(scope, receive, send)
         name = uuid4().hex  # clients may repeat theirs
         set_header(scope, b"x-request-id", f"{given}-{name}".lstrip("-").encode("latin-1"))
-        await self._app(scope, receive, Answer(name, self._ask, send).send)
+        await self._app(scope, receive, AnswerStream(name, self._ask, send).send)
 
 
-class Answer:
+class AnswerStream:
     """One answer on its way to the client."""
 
     def __init__(self, name: str, ask: Ask, send: Send) -> None:

@@ -38,7 +38,7 @@ class PlannedLayer(BaseModel):
     kv_heads: list[HeadPlan] = Field(description="in the model's order, of all tensor-parallel ranks")
 
 
-class Plan(BaseModel):
+class PlanView(BaseModel):
     """A row of `length` tokens in a decode step."""
 
     length: int = Field(description="tokens of the row")
@@ -65,12 +65,12 @@ class Planner:
         self._memories = [predict_memory(policy, plans, shape, self._bytes) for shape, plans in self._ranks]
         self.max_length = first.max_len
 
-    def plan(self, length: int) -> Plan:
+    def plan(self, length: int) -> PlanView:
         """What a row of `length` tokens reads and stores."""
         layers = [self._layer(number, length) for number in range(self._ranks[0][0].layers)]
         costs = [step_cost(self._policy, plans, shape, length, self._bytes) for shape, plans in self._ranks]
         rows = [memory.row(length) for memory in self._memories]
-        return Plan(
+        return PlanView(
             length=length,
             max_length=self.max_length,
             dense_up_to=self._policy.dense_up_to,

@@ -29,7 +29,7 @@ class BudgetChoice(Choice):
     largest_tokens: int | None = Field(description="most tokens a head attends to; null where it is not allowed")
 
 
-class Requests(BaseModel):
+class RequestChoices(BaseModel):
     """What a request may ask for in `vllm_xargs`, or by an alias of the model."""
 
     per_request: bool = Field(description="whether requests may choose at all")
@@ -61,7 +61,7 @@ class ActivePolicy(BaseModel):
     self_check: Literal["passed", "failed", "unknown"] = Field(
         description="the kernels' check on real pages at start-up"
     )
-    requests: Requests
+    requests: RequestChoices
     recall: Recall
 
 
@@ -90,12 +90,12 @@ def active_policy(policy: Policy, model: str, registry: CollectorRegistry) -> Ac
     )
 
 
-def _requests(policy: Policy, model: str) -> Requests:
+def _requests(policy: Policy, model: str) -> RequestChoices:
     budgets = policy.budgets
     budget = _refusal(policy, BUDGET, budgets.least if budgets else "N")
     smallest, largest = (budgets.least, budgets.largest) if budgets and budget is None else (None, None)
     dense = _refusal(policy, POLICY, "dense")
-    return Requests(
+    return RequestChoices(
         per_request=policy.per_request,
         dense=Choice(allowed=dense is None, why_not=dense),
         budget=BudgetChoice(allowed=budget is None, why_not=budget, smallest_tokens=smallest, largest_tokens=largest),

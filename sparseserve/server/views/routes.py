@@ -19,7 +19,7 @@ from sparseserve.policies import Policy
 from sparseserve.server.views.live import Live, live
 from sparseserve.server.views.metrics import current_metrics
 from sparseserve.server.views.page import page
-from sparseserve.server.views.plan import Plan, Planner
+from sparseserve.server.views.plan import Planner, PlanView
 from sparseserve.server.views.policy import ActivePolicy, active_policy
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def get_plan(
             json_schema_extra=bounded,
         ),
     ] = None,
-) -> Plan:
+) -> PlanView:
     """What every layer and KV head reads in a decode step of one row."""
     longest = what.planner.max_length
     if length is not None and length > longest:

@@ -16,7 +16,7 @@ from sparseserve import cli
 from sparseserve.artifacts import load as load_artifact
 from sparseserve.calibration.moa import profile as moa_profile
 from sparseserve.calibration.moa.answers import Draw, answered
-from sparseserve.calibration.moa.calibrate import Goal, Plan, calibrate
+from sparseserve.calibration.moa.calibrate import Goal, SearchedPlan, calibrate
 from sparseserve.calibration.moa.windows import MINIMUM, candidates, density, window
 from sparseserve.calibration.subject import Subject, load
 from sparseserve.cli.calibrate.moa import moa
@@ -88,7 +88,9 @@ def test_the_report_has_every_plan_best_first(plan: Path) -> None:
 def test_the_policy_serves_what_was_validated(plan: Path, trained: Subject) -> None:
     artifact = load_artifact(plan)
     shape = ModelShape("trained", 4, HeadShape(4, 2, 32), 4096, page_size=64)
-    validated = Plan(artifact.tensors["alpha"][:, ::2], artifact.tensors["beta"][:, ::2]).windows(trained.device)
+    validated = SearchedPlan(artifact.tensors["alpha"][:, ::2], artifact.tensors["beta"][:, ::2]).windows(
+        trained.device
+    )
     lengths = torch.arange(1, 4097)
     for layer, ours in zip(Moa(artifact=str(plan)).plans(shape), validated, strict=True):
         assert layer.window is not None

@@ -256,10 +256,19 @@ def test_the_schema_describes_every_field(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
     paths = {path: schema["paths"][path]["get"] for path in PATHS}
     models = [paths[path]["responses"]["200"]["content"]["application/json"]["schema"]["$ref"] for path in paths]
-    assert models == [f"#/components/schemas/{name}" for name in ("ActivePolicy", "Plan", "Live")]
+    assert models == [f"#/components/schemas/{name}" for name in ("ActivePolicy", "PlanView", "Live")]
     (length,) = paths["/v1/sparsity/plan"]["parameters"]
     assert length["schema"]["maximum"] == LONGEST and length["description"]
-    for name in ("ActivePolicy", "Requests", "Recall", "Plan", "PlannedLayer", "HeadPlan", "Live", "LayerValues"):
+    for name in (
+        "ActivePolicy",
+        "RequestChoices",
+        "Recall",
+        "PlanView",
+        "PlannedLayer",
+        "HeadPlan",
+        "Live",
+        "LayerValues",
+    ):
         described = schema["components"]["schemas"][name]
         assert described["description"]
         for field, value in described["properties"].items():

@@ -82,7 +82,7 @@ def _multiplied(setting: Setting, budgets: Sequence[int]) -> list[Setting]:
     return [setting.at(budget) for budget in budgets] if budgets else [setting]
 
 
-class Request(BaseModel):
+class Evaluation(BaseModel):
     """An evaluation; equal requests ask equal questions."""
 
     model_config = ConfigDict(frozen=True)
