@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from sparseserve.evaluation.evaluation import Setting
+from sparseserve.evaluation.evaluation import Evaluation, Setting
 from sparseserve.questions.tasks import TASKS
 
 
