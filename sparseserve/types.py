@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -158,6 +158,16 @@ class Wanted:
         return length <= self.budget_of(row, budget if self.threshold is None else -1)
 
 
+N = TypeVar("N", float, Tensor)
+
+
+def window_start(length: N, alpha: N, beta: N, minimum: N) -> N:
+    """The first of a row's last max(floor(alpha + beta * length), minimum) tokens, from 0; for numbers and tensors."""
+    kept = (alpha + beta * length) // 1
+    start = length - kept - (minimum - kept) * (minimum > kept)
+    return start * (start > 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """The first `sink` tokens and the last ones, at a length of N tokens max(alpha + beta * N, minimum) in all.
@@ -175,10 +185,9 @@ class Window:
 
     def spans(self, seq_lens: Tensor) -> Tensor:
         """The spans [..., Hs, 2] int32 of a Selection for seq_lens [...]; the window's tensors may have more dims."""
-        lengths = seq_lens[..., None].to(torch.float64)
-        lines = (self.alpha + self.beta * lengths[..., None]).floor()
-        size = lines.amax(-1).clamp(min=self.minimum)
-        start = (lengths - size + self.sink).clamp(min=0).to(torch.int32) // self.align * self.align
+        lengths, sink = seq_lens[..., None, None].to(torch.float64), self.sink[..., None]
+        starts = window_start(lengths, self.alpha - sink, self.beta, self.minimum - sink)  # of every line
+        start = starts.amin(-1).to(torch.int32) // self.align * self.align
         sink = torch.minimum(self.sink, seq_lens[..., None])
         return torch.stack([sink, start], -1).to(torch.int32)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparseserve.model import ModelShape
 from sparseserve.policies.base import Policy
-from sparseserve.types import LayerPlan
+from sparseserve.types import LayerPlan, window_start
 
 MAX_CLASSES = 3  # sizes that windows are rounded up to
 MAX_GROUPS = 12  # page tables of a row
@@ -41,7 +41,7 @@ class HeadWindow:
         """The first of the last tokens that a row of `length` tokens keeps."""
         if length <= self.dense_up_to:
             return 0
-        return max(0, length - max(int(self.alpha + self.beta * length + EPSILON), self.minimum))
+        return int(window_start(length, self.alpha + EPSILON, self.beta, self.minimum))
 
     def sink_pages(self, page_size: int) -> int:
         """Pages that hold the sink."""

@@ -13,7 +13,7 @@ from sparseserve.footprint.groups import EPSILON, HeadWindow, Storage, head_wind
 from sparseserve.footprint.reads import token_bytes
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
-from sparseserve.types import LayerPlan
+from sparseserve.types import LayerPlan, window_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +168,7 @@ class StepFootprint:
         """Pages [B] fp64 between sink and window of rows of `lengths` tokens: `freed_pages` of all tables."""
         tables, alpha, beta, minimum, dense_up_to, sink = self._columns
         lengths = lengths.double()
-        kept = (alpha + beta * lengths + EPSILON).trunc().maximum(minimum)
-        start = (lengths - kept).clamp(min=0) * (lengths > dense_up_to)
+        start = window_start(lengths, alpha + EPSILON, beta, minimum) * (lengths > dense_up_to)
         pages = start.div(self._memory.page_size, rounding_mode="floor") - sink
         total: Tensor = (tables * pages.clamp(min=0)).sum(0)
         return total
