@@ -16,11 +16,12 @@ from sparseserve.testing.waiting import PATIENCE, wait_until
 
 PRELUDE = (
     "import os, pathlib, signal, subprocess, sys, time\n"
-    "from sparseserve.server.launch.supervise import announce_serving, stop_with_parent\n"
+    "from sparseserve.server.announce import announce_serving\n"
+    "from sparseserve.server.launch.supervise import stop_with_parent\n"
 )
 READY = "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
 SUPERVISE = (
-    "import sys; from sparseserve.server import supervise as module; module.START_GRACE = int(sys.argv[1])\n"
+    "import sys; from sparseserve.server.launch import supervise as module; module.START_GRACE = int(sys.argv[1])\n"
     "sys.exit(module.supervise(sys.argv[2:]))"
 )
 HEALTHY = (
