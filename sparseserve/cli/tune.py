@@ -58,8 +58,7 @@ def tune(
     from sparseserve.cli.eval import progress_bar
     from sparseserve.evaluation.request import Request, settings
     from sparseserve.questions.tasks import TASKS
-    from sparseserve.tuning.report import write_report
-    from sparseserve.tuning.run import Asked, tune, write_policy
+    from sparseserve.tuning.run import Asked, tune
     from sparseserve.tuning.search import with_budgets
 
     tokens = tuple(whole_numbers("--lengths", lengths))
@@ -80,13 +79,21 @@ def tune(
     folder = output.with_name(f"{output.name}.partial")
     with progress_bar() as progress:
         tuning = tune(asked, folder, progress)
+    _write(tuning, output)  # without a policy to recommend, what was measured stays for another --max-loss
+    shutil.rmtree(folder)
+    print(f"wrote {output}: serve it with `sparseserve serve {shlex.quote(model)} --policy {output}`")
+
+
+def _write(tuning: Tuning, output: Path) -> None:
+    """The report, and the policy that it recommends."""
+    from sparseserve.tuning.report import write_report
+    from sparseserve.tuning.run import write_policy
+
     report = output.with_name(f"{output.name}.html")
     write_report(tuning, report)
     show(tuning, Console())
     print(f"wrote {report}")
-    write_policy(tuning, output)  # without one to recommend, what was measured stays for another --max-loss
-    shutil.rmtree(folder)
-    print(f"wrote {output}: serve it with `sparseserve serve {shlex.quote(model)} --policy {output}`")
+    write_policy(tuning, output)
 
 
 def _share(text: str) -> float:
