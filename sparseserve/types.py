@@ -12,13 +12,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from sparseserve.policies.base import Policy
 
 CPU = torch.device("cpu")
 POLICY_BUDGET = 0  # in a row's budget: the plan's, not one of its own
@@ -245,23 +242,6 @@ class PageState:
     def bytes(self, element_bytes: int) -> int:
         """Its size; `element_bytes` is that of a cached number."""
         return prod(self.shape) * (element_bytes if self.dtype is None else self.dtype.itemsize)
-
-
-@dataclass(frozen=True, slots=True)
-class SparseLayer:
-    """A layer's policy and plan, its cache and what the policy keeps of its pages, bound once the cache exists."""
-
-    policy: Policy
-    plan: LayerPlan
-    kv: PagedKV
-    page_state: Tensor | None  # [M, ...], in the tails of the pages
-    scale: float
-
-    @property
-    def state(self) -> Tensor:
-        """The page state of a policy that keeps one."""
-        assert self.page_state is not None
-        return self.page_state
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,15 +55,11 @@ def tune(
     within --max-loss, and better than vLLM's own attention beyond the noise of the machine. Options that are not
     listed here go to `vllm serve`. Killed at any moment, the same command goes on where it was.
     """
-    need("calibrate", "scipy", "matplotlib", "jinja2")
-    need("evaluate", "openai")
-    need(VLLM, "vllm")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout
+    _need_packages()
     from sparseserve.cli.eval import progress_bar
     from sparseserve.evaluation.evaluation import Evaluation, settings
     from sparseserve.questions.tasks import TASKS
-    from sparseserve.tuning.report import write_report
-    from sparseserve.tuning.run import Asked, tune, write_policy
+    from sparseserve.tuning.run import Asked, tune
     from sparseserve.tuning.search import candidates, with_budgets
 
     tokens = tuple(whole_numbers("--lengths", lengths))
@@ -81,16 +77,30 @@ def tune(
     )
     request.check()
     asked = Asked(request, objective, _share(max_loss), shlex.join(["sparseserve", *sys.argv[1:]]))
-    folder = output.with_name(f"{output.name}.partial")
     with progress_bar() as progress:
-        tuning = tune(asked, folder, progress)
+        tuning = tune(asked, folder := output.with_name(f"{output.name}.partial"), progress)
+    _write(tuning, output)  # without a policy to recommend, what was measured stays for another --max-loss
+    shutil.rmtree(folder)
+    print(f"wrote {output}: serve it with `sparseserve serve {shlex.quote(model)} --policy {output}`")
+
+
+def _need_packages() -> None:
+    need("calibrate", "scipy", "matplotlib", "jinja2")
+    need("evaluate", "openai")
+    need(VLLM, "vllm")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to stdout
+
+
+def _write(tuning: Tuning, output: Path) -> None:
+    """The report, and the policy that it recommends."""
+    from sparseserve.tuning.report import write_report
+    from sparseserve.tuning.run import write_policy
+
     report = output.with_name(f"{output.name}.html")
     write_report(tuning, report)
     show(tuning, Console())
     print(f"wrote {report}")
-    write_policy(tuning, output)  # without one to recommend, what was measured stays for another --max-loss
-    shutil.rmtree(folder)
-    print(f"wrote {output}: serve it with `sparseserve serve {shlex.quote(model)} --policy {output}`")
+    write_policy(tuning, output)
 
 
 def _share(text: str) -> float:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from sparseserve import ops
-from sparseserve.types import Measurement, Role, SparseLayer, Step
+from sparseserve.policies.base import SparseLayer
+from sparseserve.types import Measurement, Role, Step
 
 
 def decode_layer(layer: SparseLayer, step: Step, query: Tensor, out: Tensor) -> None:

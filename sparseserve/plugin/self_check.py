@@ -106,16 +106,17 @@ class _Row:
     def _decode(
         self, name: str, layer: Attention, drawn: _Drawn, common: CommonAttentionMetadata, metadata: Any
     ) -> None:
+        impl: SparseImpl = layer.impl
         key, value, out = drawn.key[-1:], drawn.value[-1:], torch.empty_like(drawn.query)
-        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, common.slot_mapping)
-        layer.impl.forward(layer, drawn.query, key, value, layer.kv_cache, metadata, out)
+        impl.do_kv_cache_update(layer, key, value, layer.kv_cache, common.slot_mapping)
+        impl.forward(layer, drawn.query, key, value, layer.kv_cache, metadata, out)
         step = metadata.decode if isinstance(metadata, GroupedStep) else getattr(metadata, "step", None)
-        plan = layer.impl._plan
+        plan = impl._plan
         if step is None:
             if self._length > self._policy.dense_up_to:
                 raise SelfCheckError(f"{name}: a row of {self._length} tokens does not reach {self._policy.name}")
             return  # no row gets as long as the policy asks for, which the launcher refuses
-        expected = self._reference(drawn, step.attends_to(plan), layer.impl.scale)
+        expected = self._reference(drawn, step.attends_to(plan), impl.scale)
         error = float((out.to(CPU).float() - expected).norm() / expected.norm())
         if not error <= TOLERANCE:
             raise SelfCheckError(f"{name} is {error:.1%} off what {self._policy.name} selects, as the reference has it")

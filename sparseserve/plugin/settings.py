@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import vllm.envs as envs
@@ -12,7 +13,6 @@ from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.v1.attention.backend import AttentionImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout, is_quantized_kv_cache
 
 from sparseserve import environment
@@ -22,6 +22,9 @@ from sparseserve.model import ModelShape
 from sparseserve.plugin.head_memory import poison
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape
+
+if TYPE_CHECKING:
+    from sparseserve.plugin.backends.layers import SparseImpl
 
 CUDA_HEAD_SIZES = (64, 96, 128, 256)
 PAGES_FIRST = KVCacheLayout.BLHNC.name
@@ -76,7 +79,7 @@ def rope_table(vllm_config: VllmConfig, head_dim: int) -> Tensor:
     return rope.cos_sin_cache[: model.max_model_len].float()
 
 
-def check_attention(name: str, impl: AttentionImpl) -> None:
+def check_attention(name: str, impl: SparseImpl) -> None:
     """Raise UnsupportedError for attention that our kernels would compute as if it were plain softmax attention."""
     extras = {
         "sliding window": impl.sliding_window not in (-1, (-1, -1)),

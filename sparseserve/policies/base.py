@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import model_validator
@@ -10,7 +11,24 @@ from torch import Tensor
 
 from sparseserve.model import ModelShape
 from sparseserve.policies.serving import ServingOptions
-from sparseserve.types import Budgets, HeadShape, LayerPlan, NewTokens, PageState, Role, Scope, SparseLayer, Step
+from sparseserve.types import Budgets, HeadShape, LayerPlan, NewTokens, PagedKV, PageState, Role, Scope, Step
+
+
+@dataclass(frozen=True, slots=True)
+class SparseLayer:
+    """A layer's policy and plan, its cache and what the policy keeps of its pages, bound once the cache exists."""
+
+    policy: Policy
+    plan: LayerPlan
+    kv: PagedKV
+    page_state: Tensor | None  # [M, ...], in the tails of the pages
+    scale: float
+
+    @property
+    def state(self) -> Tensor:
+        """The page state of a policy that keeps one."""
+        assert self.page_state is not None
+        return self.page_state
 
 
 class Policy(ServingOptions, ABC):

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from sparseserve import ops
 from sparseserve.model import ModelShape
+from sparseserve.policies.base import SparseLayer
 from sparseserve.policies.budget import BudgetPolicy
 from sparseserve.policies.serving import PositiveTokens, Tokens
-from sparseserve.types import Budgets, HeadShape, LayerPlan, NewTokens, PageState, Scope, SparseLayer, Step
+from sparseserve.types import Budgets, HeadShape, LayerPlan, NewTokens, PageState, Scope, Step
 
 Steps = Annotated[int, Field(ge=1)]
 _COUNTERS = 4  # words of a page's state before the lists of chunks

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from sparseserve import ops
 from sparseserve.model import ModelShape
+from sparseserve.policies.base import SparseLayer
 from sparseserve.policies.budget import ScorePolicy
 from sparseserve.policies.serving import PositiveTokens, Tokens
-from sparseserve.types import Bound, HeadShape, LayerPlan, NewTokens, PageState, Role, Scope, SparseLayer, Step
+from sparseserve.types import Bound, HeadShape, LayerPlan, NewTokens, PageState, Role, Scope, Step
 
 
 def _bound(value: object) -> object:

@@ -14,9 +14,10 @@ from torch import Tensor
 from sparseserve.artifacts import Artifact
 from sparseserve.model import ModelShape
 from sparseserve.policies.artifact import load_artifact
+from sparseserve.policies.base import SparseLayer
 from sparseserve.policies.serving import PositiveTokens, Tokens
 from sparseserve.policies.window import WindowPolicy
-from sparseserve.types import HeadShape, LayerPlan, NewTokens, PageState, Role, Scope, SparseLayer, Step, Window
+from sparseserve.types import HeadShape, LayerPlan, NewTokens, PageState, Role, Scope, Step, Window
 
 SINK_TOKENS, RECENT_TOKENS = 64, 1024  # where neither the artifact nor the user says
 

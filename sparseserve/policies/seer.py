@@ -16,9 +16,10 @@ from sparseserve import ops
 from sparseserve.errors import ArtifactError, Problem, UnsupportedError
 from sparseserve.model import ModelShape
 from sparseserve.policies.artifact import load_artifact
+from sparseserve.policies.base import SparseLayer
 from sparseserve.policies.budget import ScorePolicy
 from sparseserve.policies.serving import PositiveTokens, Tokens
-from sparseserve.types import Budgets, Gate, HeadShape, LayerPlan, NewTokens, PageState, Role, Scope, SparseLayer, Step
+from sparseserve.types import Budgets, Gate, HeadShape, LayerPlan, NewTokens, PageState, Role, Scope, Step
 
 if TYPE_CHECKING:
     from sparseserve.artifacts import Artifact

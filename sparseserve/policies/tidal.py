@@ -13,8 +13,9 @@ from torch import Tensor
 from sparseserve import ops
 from sparseserve.errors import MISSING, ConfigError
 from sparseserve.model import ModelShape
+from sparseserve.policies.base import SparseLayer
 from sparseserve.policies.budget import ScorePolicy
-from sparseserve.types import LayerPlan, Role, Scope, SparseLayer, Step
+from sparseserve.types import LayerPlan, Role, Scope, Step
 
 
 class Reselection(NamedTuple):

@@ -12,8 +12,9 @@ from sparseserve.decode.step import StepBuffers
 from sparseserve.decode.views import page_state
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
+from sparseserve.policies.base import SparseLayer
 from sparseserve.testing import target
-from sparseserve.types import LayerPlan, Measurement, NewTokens, PageTable, Selection, SparseLayer
+from sparseserve.types import LayerPlan, Measurement, NewTokens, PageTable, Selection
 
 
 @dataclass(frozen=True, slots=True)

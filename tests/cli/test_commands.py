@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -16,7 +15,6 @@ from sparseserve.config import policy_file_schema
 from sparseserve.errors import SparseServeError
 from sparseserve.evaluation.evaluation import Request
 from sparseserve.policies import POLICIES, Quest
-from sparseserve.server import diagnose
 
 run = CliRunner().invoke
 
@@ -112,36 +110,3 @@ def test_the_model_comes_first() -> None:
     for words in ("eval -tp 2 model --policies dense", "tune -tp 2 model --max-loss 1%"):
         done = run(app, words.split())
         assert done.exit_code == 2 and "MODEL = -tp" in done.output and "before any option" in done.output
-
-
-@pytest.mark.vllm
-def test_doctor_finds_what_we_rely_on_in_vllm() -> None:
-    findings = {finding.check: finding for finding in diagnose.diagnose()}
-    assert findings["vLLM seams"].found == "all there"
-    assert findings["vLLM"].status == "ok"
-    assert findings["torch"].status == "ok"
-
-
-@pytest.mark.vllm
-def test_doctor_says_what_blocks_and_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    broken = {"vllm.config": ["VllmConfig:gone", "NotThere:field", "NotThere.method"], "vllm.not_there": ["name"]}
-    monkeypatch.setattr(diagnose, "SEAMS", broken)
-    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    monkeypatch.syspath_prepend(tmp_path)
-    result = run(app, ["doctor"], env={"COLUMNS": "300"})
-    assert result.exit_code == 1
-    for told in (
-        "VllmConfig:gone",
-        "NotThere:field",
-        "NotThere.method",
-        "vllm.not_there.name",
-        "torchvision::nms",
-        "pip uninstall",
-    ):
-        assert told in result.output
-
-
-def test_doctor_blocks_a_vllm_of_unknown_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnose, "packages_distributions", dict)
-    (finding,) = (finding for finding in diagnose.diagnose() if finding.check == "vLLM")
-    assert finding.status == "blocks" and "unknown version" in finding.found

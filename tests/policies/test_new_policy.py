@@ -23,7 +23,8 @@ from torch import Tensor
 from sparseserve import ops
 from sparseserve.model import ModelShape
 from sparseserve.policies.budget import ScorePolicy
-from sparseserve.types import LayerPlan, Scope, SparseLayer, Step
+from sparseserve.policies.base import SparseLayer
+from sparseserve.types import LayerPlan, Scope, Step
 
 
 class Toy(ScorePolicy):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +12,10 @@ from rich.table import Table
 from sparseserve.cli.calibrate import options
 from sparseserve.cli.extras import need
 from sparseserve.cli.numbers import whole_numbers
+
+if TYPE_CHECKING:
+    from sparseserve.artifacts import Artifact
+    from sparseserve.calibration.subject import Subject
 
 CHOOSERS = {"gate": "gate", "block_max": "its target", "mean_key": "mean key", "random": "random"}
 
@@ -39,12 +44,11 @@ def seer(
     much attention mass the blocks hold that the gates choose, of what the heaviest eighth of the blocks holds.
     """
     need("calibrate", "transformers")
-    from sparseserve.artifacts import save
     from sparseserve.calibration.chunks import Chunks
     from sparseserve.calibration.report import write_report
     from sparseserve.calibration.seer.data import Documents
     from sparseserve.calibration.seer.distil import Recipe, distil, results
-    from sparseserve.calibration.seer.files import artifact, publish
+    from sparseserve.calibration.seer.files import artifact
     from sparseserve.calibration.subject import load
 
     documents = Documents(whole_numbers("--lengths", lengths), samples, held_out, rows, block_size, seed, text)
@@ -52,10 +56,7 @@ def seer(
     subject = load(model, device, dtype)
     chunks = Chunks(output, subject.identity | documents.arguments | recipe.arguments)
     distilled = distil(subject, chunks, documents, recipe)
-    gates = artifact(distilled.gates, subject, documents.block, recipe.rope)
-    folder = output.with_name(f"{output.stem}-published")
-    save(gates, output)
-    publish(gates, subject, folder)
+    folder = _save(artifact(distilled.gates, subject, documents.block, recipe.rope), subject, output)
     told = {
         "lengths": documents.lengths,
         "samples": samples,
@@ -76,6 +77,17 @@ def seer(
     _print(found)
     print(f"wrote {output}, {folder} and {report}")
     print(f"serve it: sparseserve serve {model} --policy seer --set artifact={output}")
+
+
+def _save(gates: Artifact, subject: Subject, output: Path) -> Path:
+    """Write the gates, and to the folder that is returned, as they are published."""
+    from sparseserve.artifacts import save
+    from sparseserve.calibration.seer.files import publish
+
+    folder = output.with_name(f"{output.stem}-published")
+    save(gates, output)
+    publish(gates, subject, folder)
+    return folder
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ from sparseserve.plugin.head_memory.pool import HeadGroups
 from sparseserve.plugin.settings import check_attention, group_problems, head_shape, model_shape, policy_of
 from sparseserve.plugin.watch.meter import Meter
 from sparseserve.policies import Policy
-from sparseserve.types import LayerPlan, PagedKV, PageState, SparseLayer
+from sparseserve.policies.base import SparseLayer
+from sparseserve.types import LayerPlan, PagedKV, PageState
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what its own loggers say
 

@@ -19,7 +19,8 @@ from sparseserve.decode.step import PROMPT_PIECE, StepBuffers
 from sparseserve.plugin.backends.rows import decode_rows, rows_from
 from sparseserve.plugin.head_memory.pool import HeadGroups
 from sparseserve.policies import Policy
-from sparseserve.types import PagedKV, PageTable, Selection, SparseLayer, Step
+from sparseserve.policies.base import SparseLayer
+from sparseserve.types import PagedKV, PageTable, Selection, Step
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sparseserve.server.announce import announce_serving
 from sparseserve.server.front.asgi import RETRY_AFTER, error, is_post
 from sparseserve.server.front.counters import DRAINING
-from sparseserve.server.launch.supervise import announce_serving
 
 if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient

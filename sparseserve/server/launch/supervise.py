@@ -63,13 +63,6 @@ def supervise(command: Sequence[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def announce_serving() -> None:
-    """Tell the supervisor, if there is one, that from now on a stop may cut answers."""
-    if supervisor := os.environ.get(environment.SUPERVISOR):
-        with suppress(ProcessLookupError):
-            os.kill(int(supervisor), signal.SIGUSR1)
-
-
 def stop_with_parent() -> None:
     """Have Linux send us SIGTERM when the supervisor dies, however it dies."""
     with suppress(AttributeError, OSError):

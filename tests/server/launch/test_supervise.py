@@ -16,7 +16,8 @@ from sparseserve.testing.waiting import PATIENCE, wait_until
 
 PRELUDE = (
     "import os, pathlib, signal, subprocess, sys, time\n"
-    "from sparseserve.server.launch.supervise import announce_serving, stop_with_parent\n"
+    "from sparseserve.server.announce import announce_serving\n"
+    "from sparseserve.server.launch.supervise import stop_with_parent\n"
 )
 READY = "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
 SUPERVISE = (

@@ -4,58 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, distribution, entry_points, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from sparseserve.cli.doctor.lookup import names
+from sparseserve.cli.doctor.seams import seams
 from sparseserve.errors import SparseServeError
 
 VLLM_VERSION = "0.32."
 INSTALL = "pip install 'sparseserve[cpu]'"
 ENDPOINT_PLUGINS = ["sparseserve_front", "sparseserve_metrics", "sparseserve_routes"]
 ENTRY_POINTS = {"vllm.general_plugins": ["sparseserve"], "vllm.endpoint_plugins": ENDPOINT_PLUGINS}
-# What the plugin and the launcher rely on: module, then names (`Class.member`) or dataclass fields (`Class:field`).
-SEAMS = {
-    "vllm.v1.attention.backends.registry": [
-        "AttentionBackendEnum.CPU_ATTN",
-        "AttentionBackendEnum.CUSTOM",
-        "register_backend",
-    ],
-    "vllm.v1.attention.backends.flash_attn": [
-        "FlashAttentionBackend.customize_spec",
-        "FlashAttentionImpl.forward",
-        "FlashAttentionImpl.do_kv_cache_update",
-        "FlashAttentionMetadataBuilder.build",
-        "FlashAttentionMetadataBuilder.build_for_cudagraph_capture",
-    ],
-    "vllm.v1.attention.backends.cpu_attn": [
-        "CPUAttentionBackend.customize_spec",
-        "CPUAttentionBackendImpl.forward",
-        "CPUAttentionBackendImpl.do_kv_cache_update",
-        "CPUAttentionMetadataBuilder.build",
-        "CPUAttentionMetadataBuilder._set_isa_to_layers",
-        "_get_attn_isa",
-    ],
-    "vllm.v1.attention.backend": [
-        "CommonAttentionMetadata:query_start_loc_cpu",
-        "CommonAttentionMetadata:seq_lens_cpu_upper_bound",
-        "CommonAttentionMetadata:is_prefilling",
-        "CommonAttentionMetadata:req_idx",
-    ],
-    "vllm.v1.sample.logits_processor": ["AdapterLogitsProcessor.new_req_logits_processor"],
-    "vllm.v1.kv_cache_interface": ["FullAttentionSpec:page_size_padded", "FullAttentionSpec.unpadded_page_size_bytes"],
-    "vllm.model_executor.models.utils": ["extract_layer_index"],
-    "vllm.config": ["VllmConfig:additional_config", "ParallelConfig:worker_cls"],
-    "vllm.v1.worker.cpu_worker": ["CPUWorker.compile_or_warm_up_model", "CPUWorker.execute_model"],
-    "vllm.v1.worker.gpu_worker": ["Worker.initialize_from_config"],
-    "vllm.entrypoints.serve.middleware.authenticate": ["AuthenticationMiddleware.verify_token"],
-    "vllm.entrypoints.serve.exception_handling.error_response": ["create_error_response"],
-    "vllm.entrypoints.cli.serve": ["ServeSubcommand.cmd", "ServeSubcommand.subparser_init"],
-}
 
 Status = Literal["ok", "warning", "blocks"]
 
@@ -120,32 +84,27 @@ def _gpu() -> Finding:
 def _vllm() -> Finding:
     if find_spec("vllm") is None:
         return Finding("vLLM", "blocks", "not installed", INSTALL)
-    names = packages_distributions().get("vllm")
-    if not names:
+    distributions = packages_distributions().get("vllm")
+    if not distributions:
         return Finding("vLLM", "blocks", "not installed as a package, so of an unknown version", INSTALL)
-    found = version(names[0])
+    found = version(distributions[0])
     return _finding("vLLM", found.startswith(VLLM_VERSION), found, f"install vLLM {VLLM_VERSION}x: {INSTALL}")
 
 
 def _seams() -> Finding:
-    missing = [f"{module}.{name}" for module, names in SEAMS.items() for name in names if not _has(module, name)]
-    found = f"missing {', '.join(missing)}" if missing else "all there"
-    return _finding("vLLM seams", not missing, found, f"this vLLM has been changed: {INSTALL}")
+    looked_up = [(name, there, seam.where) for seam in seams() for name, there in names(seam.module, seam.way)]
+    missing: dict[str, list[str]] = {}
+    for name, there, where in looked_up:
+        if not there:
+            missing.setdefault(name, []).append(where)
+    gone = [f"{name} ({', '.join(where)})" for name, where in missing.items() if not _follows(name, missing)]
+    found = f"missing {', '.join(gone)}" if gone else f"all there ({len({name for name, _, _ in looked_up})} names)"
+    return _finding("vLLM seams", not gone, found, f"this vLLM has been changed: {INSTALL}")
 
 
-def _has(module: str, name: str) -> bool:
-    try:
-        found = import_module(module)
-    except ImportError:
-        return False
-    cls, _, field = name.partition(":")
-    if field:
-        return is_dataclass(owner := getattr(found, cls, None)) and field in {f.name for f in fields(owner)}
-    for part in name.split("."):
-        if not hasattr(found, part):
-            return False
-        found = getattr(found, part)
-    return True
+def _follows(name: str, missing: Iterable[str]) -> bool:
+    """Whether a name is missing because what it would be looked up on is."""
+    return any(name.startswith((f"{other}.", f"{other}:", f"{other}(")) for other in missing)
 
 
 def _console_script() -> Finding:
@@ -158,9 +117,9 @@ def _console_script() -> Finding:
 
 
 def _allocator() -> Finding:
-    import vllm
-
-    bundled = list(Path(vllm.__file__).parent.glob("libs/libtcmalloc*"))
+    vllm = find_spec("vllm")
+    folders = [] if vllm is None else vllm.submodule_search_locations or []
+    bundled = [library for folder in folders for library in Path(folder).glob("libs/libtcmalloc*")]
     fine = bool(bundled) or "tcmalloc" in os.environ.get("LD_PRELOAD", "")
     found = "tcmalloc" if fine else "no tcmalloc: allocation on the CPU is slower"
     return _finding("allocator", fine, found, "install libtcmalloc-minimal4 and name it in LD_PRELOAD", "warning")

@@ -12,7 +12,7 @@ COLOURS = {"ok": "green", "warning": "yellow", "blocks": "red"}
 
 def doctor() -> None:
     """Check that this machine can serve, and say what to do where it cannot."""
-    from sparseserve.server.diagnose import diagnose  # imports vllm
+    from sparseserve.cli.doctor.checks import diagnose  # imports torch
 
     findings = diagnose()
     table = Table("", "check", "found", "remedy")
