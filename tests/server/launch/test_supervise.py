@@ -20,7 +20,7 @@ PRELUDE = (
 )
 READY = "pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
 SUPERVISE = (
-    "import sys; from sparseserve.server import supervise as module; module.START_GRACE = int(sys.argv[1])\n"
+    "import sys; from sparseserve.server.launch import supervise as module; module.START_GRACE = int(sys.argv[1])\n"
     "sys.exit(module.supervise(sys.argv[2:]))"
 )
 HEALTHY = (
