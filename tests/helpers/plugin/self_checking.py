@@ -43,9 +43,9 @@ def main(asked: dict[str, Any]) -> dict[str, str]:
         "nothing": patch.dict({}),
         "kernel computes something else": patch.object(decode.ops, "attend", other_keys),
         "kernel attends to everything": patch.object(decode.ops, "attend", everything),
-        "rows never reach the policy": patch.object(type(builder), "_batch", all_in_their_prompt(builder)),
+        "rows never reach the policy": patch.object(type(builder), "batch", all_in_their_prompt(builder)),
         "a layer is vLLM's own": patch.object(last, "impl", object.__new__(CPUAttentionBackendImpl)),
-        "a layer has no policy": patch.object(last.impl, "_policy", None),
+        "a layer has no policy": patch.object(last.impl, "policy", None),
     }
 
     def counted() -> dict[str, float]:
@@ -64,7 +64,7 @@ def main(asked: dict[str, Any]) -> dict[str, str]:
 
 def all_in_their_prompt(builder: Any) -> Any:
     """The builder's view of a batch, as if no row decoded."""
-    original = type(builder)._batch
+    original = type(builder).batch
 
     def batch(self: Any, common: Any) -> Any:
         common.is_prefilling[:] = True

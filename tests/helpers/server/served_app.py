@@ -134,4 +134,4 @@ def served(
     for plugin in app.state.endpoint_plugins:
         asyncio.run(plugin.init_state(engine, app.state, args))
     yield app
-    REGISTRY.unregister(app.state.sparseserve_metrics._metrics)
+    REGISTRY.unregister(app.state.sparseserve_metrics.metrics)
