@@ -87,6 +87,7 @@ def without_values(patch: pytest.MonkeyPatch) -> None:
 
 def only_resource() -> StepWorkspace:
     """What the worker's workspace manager holds; vLLM has no public way to ask it for all."""
+    memory: StepWorkspace
     (memory,) = current_workspace_manager()._persistent_resources[0].values()
     return memory
 
@@ -167,7 +168,8 @@ class Worker:
         """Attention of `query` [T, Hq, D]; memory for the output is full of NaN."""
         module = self.layers[layer]
         out = torch.full_like(query, torch.nan)
-        return module.impl.forward(module, query, key, value, self.caches[layer], metadata, out)
+        attended: Tensor = module.impl.forward(module, query, key, value, self.caches[layer], metadata, out)
+        return attended
 
 
 class GroupedWorker:
