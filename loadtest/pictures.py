@@ -41,7 +41,7 @@ def throughput_against_latency(results: Results) -> str:
         _bound(axes, "xy")
         _finish(axes, f"{metric[:4].upper()} p95, ms", "output tokens per second")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def goodput(results: Results) -> str:
@@ -59,7 +59,7 @@ def goodput(results: Results) -> str:
     axes.set_xlim(-0.6, len(names) - 0.4)
     _finish(axes, "load", "requests within the SLO per second")
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def over_time(results: Results, samples: dict[str, list[Sample]]) -> str | None:
@@ -78,7 +78,7 @@ def over_time(results: Results, samples: dict[str, list[Sample]]) -> str | None:
     _finish(held, "seconds", "KV bytes that rows hold, MiB")
     _finish(used, "seconds", "KV cache in use, %")
     figure.legend(*used.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return _svg(figure) if drawn else None
+    return svg(figure) if drawn else None
 
 
 def pareto(results: Results) -> str | None:
@@ -103,7 +103,7 @@ def pareto(results: Results) -> str | None:
     axes.set_ylim(-5, 108)
     _finish(axes, f"TPOT p50 at {load}, ms", "accuracy, %", zero=False)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def _styled(results: Results) -> list[tuple[SettingResult, dict[str, Any]]]:
@@ -160,7 +160,8 @@ def _finish(axes: Axes, x: str, y: str, zero: bool = True) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """A picture as text."""
     text = StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(text, format="svg", metadata={"Date": None})

@@ -121,7 +121,7 @@ def _runs(
 ) -> Iterator[Run]:
     """The warm-up, then every load, as often as the scenario says: repeats are apart in time, as servers drift."""
     scenario = request.scenario
-    one = _Runner(request, server, client, tokens, place)
+    one = Runner(request, server, client, tokens, place)
     one.run(scenario.loads[-1], WARM_UP, scenario.warm_up)
     for repeat in range(scenario.repeats):
         for load in scenario.loads:
@@ -131,7 +131,7 @@ def _runs(
 
 
 @dataclass(frozen=True, slots=True)
-class _Runner:
+class Runner:
     """Runs against one server."""
 
     request: LoadTest

@@ -17,6 +17,8 @@ import torch
 from sparseserve.testing import target
 from sparseserve.testing.target import Layout
 
+pytest_plugins = ["tests.helpers.skips"]
+
 DEVICES = {"cpu": nullcontext, "simulator": partial(target.simulated, Layout.LBHNC)}
 if torch.cuda.is_available():
     DEVICES["cuda"] = partial(target.on_gpu, Layout.LBHNC)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -16,7 +15,7 @@ from sparseserve.questions.tasks import Draft, draft
 from sparseserve.server.launch.process import Server
 
 ATTENDED, RESIDENT = (f"sparseserve_kv_tokens_{kind}_total" for kind in ("attended", "resident"))
-RECALL = re.compile(r'sparseserve_layer_recall_(sum|count)\{.*layer="(\d+)"')
+RECALL = {f"sparseserve_layer_recall_{part}": part for part in ("sum", "count")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,5 +104,5 @@ def _tokens(server: Server) -> tuple[float, float]:
 
 def _recall(server: Server) -> dict[tuple[str, int], float]:
     """Sum and count of every layer, so far."""
-    found = ((RECALL.match(sample), value) for sample, value in server.metrics().items())
-    return {(match[1], int(match[2])): value for match, value in found if match}
+    found = (sample for sample in server.samples() if sample.name in RECALL)
+    return {(RECALL[sample.name], int(sample.labels["layer"])): sample.value for sample in found}

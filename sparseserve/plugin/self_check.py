@@ -38,7 +38,7 @@ def check_worker_attention(worker: Any) -> None:
         return
     layers = get_layers_from_vllm_config(config, Attention)
     for name, layer in layers.items():
-        if not isinstance(layer.impl, SparseImpl) or layer.impl._policy != policy:
+        if not isinstance(layer.impl, SparseImpl) or layer.impl.policy != policy:
             raise SelfCheckError(f"{name} attends by {type(layer.impl).__name__}, without the policy {policy.name}")
     builders = [
         (builder, group.layer_names)
@@ -157,7 +157,7 @@ class _Row:
         if self._groups is not None:
             for number, part in enumerate(parts):
                 self._groups.keep(number, part)
-        return parts[0], self._builder.metadata(parts[0], self._builder._batch(parts[0]))
+        return parts[0], self._builder.metadata(parts[0], self._builder.batch(parts[0]))
 
     def _common(self, table: Tensor, tokens: range, in_prompt: bool) -> CommonAttentionMetadata:
         positions = torch.arange(tokens.start, tokens.stop, device=self._device)

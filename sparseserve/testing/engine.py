@@ -45,7 +45,7 @@ def running_pages(worker: Any) -> list[int]:
 
 
 def _rebuild(layer: Any, policy: Policy, pages: torch.Tensor) -> None:
-    bound = layer.impl._bound(layer.kv_cache)
+    bound = layer.impl.bound(layer.kv_cache)
     if bound.page_state is None:
         return
     size = bound.kv.page_size

@@ -75,7 +75,7 @@ def simulated(pages: Layout) -> Iterator[None]:
 def on_gpu(pages: Layout) -> Iterator[None]:
     """Ops on CPU tensors run the CUDA kernels on the GPU, on copies of all memory behind the tensors, and back."""
     kernels("cuda")
-    with _routed(pages, lambda name: _copying(getattr(torch.ops.sparseserve, name), torch.device("cuda"))):
+    with _routed(pages, lambda name: copying(getattr(torch.ops.sparseserve, name), torch.device("cuda"))):
         yield
 
 
@@ -148,7 +148,9 @@ def _with_room(name: str, op: Callable[..., None], scratch: Callable[..., Tensor
     return call
 
 
-def _copying(op: Callable[..., None], device: torch.device) -> Callable[..., None]:
+def copying(op: Callable[..., None], device: torch.device) -> Callable[..., None]:
+    """The op on copies on `device` of all memory behind its tensors, and back."""
+
     def call(*arguments: Any) -> None:
         memory: dict[int, tuple[Tensor, Tensor]] = {}
 

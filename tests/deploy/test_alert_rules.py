@@ -8,7 +8,8 @@ from collections import defaultdict
 import pytest
 import yaml
 
-from tests.helpers.deploy.observability import ALERTS, DASHBOARDS, DEPLOY, FOLDER
+from tests.helpers.deploy.observability import ALERTS, DASHBOARDS, FOLDER
+from tests.helpers.paths import DEPLOY
 
 SECTIONS = re.split(r"^## ", (DEPLOY / "RUNBOOK.md").read_text(), flags=re.MULTILINE)[1:]
 

@@ -12,7 +12,7 @@ from sparseserve.footprint.stores import predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.policies import S2, Dense, Hip, Moa, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.types import HeadShape
-from tests.helpers.deploy.observability import DEPLOY
+from tests.helpers.paths import DEPLOY
 
 LLAMA_8B = ModelShape("Llama-3.1-8B", layers=32, heads=HeadShape(8, 4, 128), max_len=131072, page_size=64)
 LENGTHS = (8192, 32768, 131072)

@@ -28,7 +28,8 @@ from tests.helpers.deploy.manifests import (
     refers,
     servers,
 )
-from tests.helpers.deploy.observability import DASHBOARDS, DEPLOY, FOLDER, RULES, names
+from tests.helpers.deploy.observability import DASHBOARDS, FOLDER, RULES, names
+from tests.helpers.paths import DEPLOY
 
 pytestmark = pytest.mark.skipif(not CHECKS.exists(), reason="no .venv-checks: make .venv-checks/.installed")
 

@@ -12,7 +12,7 @@ import yaml
 
 from tests.helpers.deploy.chart_values import GOOD
 from tests.helpers.deploy.manifests import CHECKS, as_pods, ask
-from tests.helpers.deploy.observability import DEPLOY
+from tests.helpers.paths import DEPLOY
 
 pytestmark = pytest.mark.skipif(not CHECKS.exists(), reason="no .venv-checks: make .venv-checks/.installed")
 

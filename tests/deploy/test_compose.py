@@ -17,7 +17,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from tests.helpers.deploy.compose import FILE, GPU_FILE, SERVICES, VARIABLE, mounts
-from tests.helpers.deploy.observability import DASHBOARDS, DEPLOY
+from tests.helpers.deploy.observability import DASHBOARDS
+from tests.helpers.paths import DEPLOY
 
 CHECKS = DEPLOY.parent / ".venv-checks"
 UNIT = DEPLOY / "systemd" / "sparseserve.service"

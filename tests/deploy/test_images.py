@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.deploy.observability import DEPLOY
+from tests.helpers.paths import DEPLOY
 
 ROOT = DEPLOY.parent
 PINNED = re.compile(r"\S+@sha256:[0-9a-f]{64}")

@@ -12,7 +12,7 @@ import yaml
 
 from sparseserve.config import PolicySource, read_policy_file
 from tests.helpers.deploy.manifests import CHECKS, Manifest, ask, laws, of_kind, refers, servers
-from tests.helpers.deploy.observability import DEPLOY
+from tests.helpers.paths import DEPLOY
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl, which has kustomize, is not installed"),

@@ -20,9 +20,10 @@ from sparseserve.demo.build import build
 from sparseserve.questions.needles import ask
 from sparseserve.server.launch.process import SERVE, Server, running
 from tests.helpers.deploy.compose import SERVICES
-from tests.helpers.deploy.observability import ALERTS, DEPLOY
+from tests.helpers.deploy.observability import ALERTS
 from tests.helpers.deploy.prometheus import INTERVAL, Prometheus
 from tests.helpers.deploy.stack import KEY, SBIN, command, environment, free_address, process, without_compiler
+from tests.helpers.paths import DEPLOY
 
 pytestmark = [
     pytest.mark.e2e,

@@ -17,7 +17,7 @@ import pytest
 
 from sparseserve.demo.gates import build_gates
 from sparseserve.questions.needles import ask
-from sparseserve.server.launch.process import SERVE, Server, running
+from sparseserve.server.launch.process import SERVE, STARTUP_TIMEOUT, Server, running
 from sparseserve.server.launch.supervise import START_GRACE
 from sparseserve.testing.waiting import wait_until
 
@@ -114,9 +114,12 @@ def test_a_stop_while_the_server_starts_is_not_swallowed(model: Path, policy: Pa
     log = tmp_path / "log"
     with log.open("wb") as output:
         server = psutil.Popen(_command(model, policy), stdout=output, stderr=output, env=os.environ | ENV)
-    while "EngineCore" not in log.read_text():
+
+    def engine_starts() -> bool:
         assert server.poll() is None
-        time.sleep(0.1)
+        return "EngineCore" in log.read_text()
+
+    wait_until(engine_starts, log.read_text, timeout=STARTUP_TIMEOUT)
     started = server.children(recursive=True)
     server.terminate()
     assert server.wait(START_GRACE + 10) == 0

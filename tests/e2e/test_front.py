@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import pytest
 from openai import APIStatusError, BadRequestError, OpenAI
 
-from sparseserve.server.front.limits import OPEN
 from sparseserve.server.launch.process import SERVE, Server, running
 from sparseserve.testing.waiting import wait_until
+from tests.helpers.server.open_paths import OPEN
 
 pytestmark = pytest.mark.e2e
 KEY = "sk-test"

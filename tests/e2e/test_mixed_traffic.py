@@ -3,7 +3,6 @@
 import math
 import resource
 import signal
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import psutil
 import pytest
 
 from sparseserve.server.launch.process import SERVE, Server, running
+from sparseserve.testing.waiting import wait_until
 from tests.helpers.traffic import MAX_MODEL_LEN, QUESTIONS, WAYS, Run, alone, send, traffic
 
 pytestmark = pytest.mark.e2e
@@ -84,10 +84,8 @@ def test_every_request_gets_its_own_choice(run: Run) -> None:
 def test_every_request_is_counted_once(run: Run, server: Server) -> None:
     sent = Counter((request.choice, request.outcome) for request in REQUESTS)
     sent.update({(choice, "ok"): len(QUESTIONS) for choice in WAYS})  # alone
-    deadline = time.monotonic() + 10
-    while counted(server) != sent and time.monotonic() < deadline:
-        time.sleep(0.2)  # it may see last that a client is gone
-    assert counted(server) == sent
+    # It may see last that a client is gone.
+    wait_until(lambda: counted(server) == sent, lambda: f"{counted(server)} is not {sent}", timeout=10)
 
 
 def test_nothing_is_left_running(run: Run, server: Server) -> None:

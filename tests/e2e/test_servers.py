@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +15,7 @@ from openai import OpenAI
 
 from sparseserve.questions.needles import Question, ask
 from sparseserve.server.launch.process import Server
+from sparseserve.testing.waiting import wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -53,12 +53,9 @@ def text(response: Any) -> str:
     return answer
 
 
-def wait_until_idle(server: Server) -> None:
-    """Running requests and KV usage fall to 0."""
-    deadline = time.monotonic() + 20
-    while server.total("vllm:num_requests_running") or server.total("vllm:kv_cache_usage_perc"):
-        assert time.monotonic() < deadline, "requests or KV pages are left over"
-        time.sleep(0.2)
+def busy(server: Server) -> bool:
+    """Whether requests run or KV pages are in use."""
+    return bool(server.total("vllm:num_requests_running") or server.total("vllm:kv_cache_usage_perc"))
 
 
 @pytest.mark.parametrize("question", LONG, ids=lambda question: f"{question.tokens}-{question.value_start}")
@@ -109,7 +106,7 @@ def test_ragged_batches_with_cancelled_requests(request: pytest.FixtureRequest, 
             future.result()
     alone = [text(complete(server, question)) for question in RAGGED]
     assert together == alone == [question.answer for question in RAGGED]
-    wait_until_idle(server)
+    wait_until(lambda: not busy(server), lambda: "requests or KV pages are left over", timeout=20)
 
 
 def test_a_prefix_hit_answers_as_a_miss(quest: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from sparseserve.model import ModelShape
 from sparseserve.policies import S2, Dense, Hip, Moa, Policy, Quest, Retrieval, Seer, Streaming, Tidal
@@ -11,7 +12,7 @@ from sparseserve.types import Bound, HeadShape, Scope
 from tests.helpers.artifact_files import head_map, moa_plan, saved
 
 BUDGET, SINK, RECENT = 128, 5, 19
-COMMON = {"budget_tokens": BUDGET, "sink_tokens": SINK, "recent_tokens": RECENT}
+COMMON: dict[str, Any] = {"budget_tokens": BUDGET, "sink_tokens": SINK, "recent_tokens": RECENT}
 QUEST = COMMON | {"unit_tokens": 16, "dense_layers": 1}
 HIP = COMMON | {
     "sink_tokens": 8,  # a multiple of the unit

@@ -92,7 +92,7 @@ class Simulator:
         h = self._rms(x, layer["input_layernorm.weight"])
         q, k, v = (
             F.linear(h, layer[f"self_attn.{n}_proj.weight"], layer[f"self_attn.{n}_proj.bias"])
-            .unflatten(1, (-1, HEAD_DIM))
+            .view(len(x), -1, HEAD_DIM)
             .transpose(0, 1)
             for n in "qkv"
         )
@@ -153,7 +153,7 @@ def quest(bound: str, budget: int = 1024, unit: int = 32, sink: int = 16, recent
         if layer < 2 or length <= budget:
             return keep
         units = length // unit
-        tokens = key[:, : units * unit].float().unflatten(1, (units, unit))  # [H, units, unit, D]
+        tokens = key[:, : units * unit].float().reshape(len(key), units, unit, -1)  # [H, units, unit, D]
         if bound == "mean_std":
             center, half = tokens.mean(2), tokens.std(2, unbiased=False)
         else:

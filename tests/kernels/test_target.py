@@ -2,7 +2,7 @@
 
 import torch
 
-from sparseserve.testing.target import _copying
+from sparseserve.testing.target import copying
 
 
 def test_views_share_their_copy_and_results_come_back() -> None:
@@ -14,10 +14,10 @@ def test_views_share_their_copy_and_results_come_back() -> None:
         x += number
         assert y[0, 0] == 1 + number  # the second view sees it
 
-    _copying(op, torch.device("cpu"))(first, 100, second)
+    copying(op, torch.device("cpu"))(first, 100, second)
     assert first.tolist() == [[100, 101, 102], [112, 113, 114]] and memory[3] == 3
 
 
 def test_tensors_without_elements_pass() -> None:
     empty = torch.zeros(2, 0, dtype=torch.int32)
-    _copying(lambda x, y: None, torch.device("cpu"))(empty, torch.zeros(3))
+    copying(lambda x, y: None, torch.device("cpu"))(empty, torch.zeros(3))

@@ -43,7 +43,7 @@ def load(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loa
     def run(bench: FakeBench, *flags: str, drawn: bool = False, **changes: Any) -> Any:
         monkeypatch.setattr(loadtest.run, "bench_client", bench.client)
         if not drawn:
-            monkeypatch.setattr(loadtest.pictures, "_svg", lambda figure: "<svg></svg>")
+            monkeypatch.setattr(loadtest.pictures, "svg", lambda figure: "<svg></svg>")
         (tmp_path / "s.yaml").write_text(scenario(**changes).model_dump_json())
         words = ["run", str(tmp_path / "s.yaml"), "--model", "some/<model>", "--url", server.url, *flags]
         return CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
@@ -131,7 +131,7 @@ def test_servers_of_their_own_are_sent_the_same(tmp_path: Path, server: Server) 
     bench: Any = FakeBench({}, {})
     for name in ("0-dense", "1-quest"):
         (tmp_path / name).mkdir()
-        runner = loadtest.run._Runner(asked, server, bench, Tokens(1.0, True), tmp_path / name)
+        runner = loadtest.run.Runner(asked, server, bench, Tokens(1.0, True), tmp_path / name)
         runner.run(asked.scenario.loads[0], "c1-0", 4)
     first, second = ((tmp_path / name / "c1-0.jsonl").read_text() for name in ("0-dense", "1-quest"))
     assert first == second
@@ -277,7 +277,7 @@ def test_the_report_is_one_file_with_a_command_for_every_number(load: Load, tmp_
 
 def test_pictures_have_intervals(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = list[Figure]()
-    monkeypatch.setattr(loadtest.pictures, "_svg", lambda figure: drawn.append(figure) or "<svg></svg>")
+    monkeypatch.setattr(loadtest.pictures, "svg", lambda figure: drawn.append(figure) or "<svg></svg>")
     load(FakeBench({"fake@none": lambda _: None}, {}), "--policies", "quick,none", drawn=True)
     throughput, _, pareto, _ = drawn
     assert len(throughput.axes) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,6 @@ pytest.importorskip("vllm")
 
 from sparseserve.plugin import settings
 from sparseserve.plugin.self_check import check_worker_attention
-from sparseserve.plugin.watch import metrics
 from sparseserve.plugin.watch.requests import ServedRequests
 from sparseserve.policies import Policy, Quest, Streaming, Tidal
 from sparseserve.testing import target
@@ -33,6 +33,7 @@ from tests.helpers.plugin.cuda_worker import (
     stand_in_for_flash_attention,
     vllm_config,
 )
+from tests.helpers.plugin.worker_metrics import value
 
 pytestmark = pytest.mark.vllm
 WINDOW: dict[str, Any] = {"sink_tokens": 4, "recent_tokens": 60, "min_tokens": 64}
@@ -93,10 +94,10 @@ def test_batches_that_nobody_asked_for_are_not_counted(tmp_path: Path, simulator
     policy = POLICIES["quest"]
     worker = Worker(vllm_config(tmp_path), policy, patch=simulator)
     worker.builder.serve(ServedRequests(policy, SimpleNamespace(req_states=SimpleNamespace(index_to_req_id={}))))
-    prefill = metrics.DENSE_ROWS.labels("quest", "prefill")
-    before = prefill._value.get()
+    prefill = partial(value, "sparseserve_dense_rows_total", policy="quest", reason="prefill")
+    before = prefill()
     worker.builder.build(0, Batch([PAGE, 5], [PAGE, 5], [True, True]).metadata(torch.zeros(2, 7).int(), "cpu"))
-    assert prefill._value.get() == before
+    assert prefill() == before
 
 
 def test_units_that_cuda_cannot_halve_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,10 +73,11 @@ class Training:
 
     def _part(self, name: str) -> Tensors:
         first, last = self._ends()[int(name) : int(name) + 2]
-        train = torch.stack([self._step(step) for step in range(first, last)])
+        train = torch.stack([self.step(step) for step in range(first, last)])
         return self._state() | {"train": train.cpu(), "held_out": self.held_out_loss()}
 
-    def _step(self, step: int) -> Tensor:
+    def step(self, step: int) -> Tensor:
+        """Take a step, and give its loss."""
         names = random.Random(f"{self._documents.seed} {step}").choices(self._names, k=DOCUMENTS)
         self._optimiser.param_groups[0]["lr"] = self._rate * _schedule(step, self._steps)
         self._optimiser.zero_grad()

@@ -57,7 +57,8 @@ class SparseBuilder:
         if self._requests is None or any(request is not None for request in batch.requests):
             batch.count(meter)
 
-    def _batch(self, common: CommonAttentionMetadata) -> Batch:
+    def batch(self, common: CommonAttentionMetadata) -> Batch:
+        """The rows of vLLM's metadata, and the way each takes."""
         policy = self._policy
         assert policy is not None
         requests = [None] * common.num_reqs if self._requests is None else self._requests.rows(common)

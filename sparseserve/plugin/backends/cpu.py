@@ -95,7 +95,7 @@ class SparseCPUBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
         common = common_attn_metadata
         if self._policy is None:
             return super().build(common_prefix_len, common, fast_build)
-        batch = self._batch(common)
+        batch = self.batch(common)
         self._count(batch, self._meter)
         draw = self._recall.draw() if batch.split.sparse.shape[0] else None
         if draw is not None:
@@ -178,16 +178,16 @@ class SparseCPUImpl(SparseImpl, CPUAttentionBackendImpl):
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        if self._heads is not None:
+        if self.heads is not None:
             self._write_groups(key, value, kv_cache, slot_mapping)
             return
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self._policy is not None and self._page_state:
-            bound = self._bound(kv_cache)
+        if self.policy is not None and self._page_state:
+            bound = self.bound(kv_cache)
             metadata = get_forward_context().attn_metadata[layer.layer_name]
             tokens = metadata.positions.shape[0]
             new = NewTokens(slot_mapping[:tokens], metadata.positions)
-            self._policy.update_pages(bound, new)
+            self.policy.update_pages(bound, new)
 
     def forward(
         self,
@@ -211,13 +211,13 @@ class SparseCPUImpl(SparseImpl, CPUAttentionBackendImpl):
         sparse = attn_metadata.sparse_tokens
         if attn_metadata.dense_tokens is None:
             rows = slice(sparse.shape[0])
-            decode_layer(self._bound(kv_cache), step, query[rows], output[rows])
+            decode_layer(self.bound(kv_cache), step, query[rows], output[rows])
         else:
             dense = attn_metadata.dense_tokens
             dense_out = torch.empty_like(query[dense])
             super().forward(layer, query[dense], key, value, kv_cache, attn_metadata, dense_out)
             sparse_out = torch.empty_like(query[sparse])
-            decode_layer(self._bound(kv_cache), step, query[sparse], sparse_out)
+            decode_layer(self.bound(kv_cache), step, query[sparse], sparse_out)
             output[dense], output[sparse] = dense_out, sparse_out
         if self._meter is not None:
             self._meter.count_tokens(step)

@@ -151,7 +151,7 @@ class SparseCUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
         if self._policy is None:
             return super().build(common_prefix_len, common, fast_build)
         self._recall.collect()
-        batch = self._batch(real_rows(common))
+        batch = self.batch(real_rows(common))
         self._meter.report()
         self._count(batch, self._meter)
         draw = self._recall.draw() if batch.split.sparse.shape[0] else None
@@ -248,11 +248,11 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        if self._heads is not None:
+        if self.heads is not None:
             self._write_groups(key, value, kv_cache, slot_mapping)
             return
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self._policy is None or not self._page_state:
+        if self.policy is None or not self._page_state:
             return
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # vLLM warms up, without a token to keep
@@ -260,7 +260,7 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
         positions = metadata[layer.layer_name].positions
         tokens = min(positions.shape[0], slot_mapping.shape[0])  # either may go on with padding
         new = NewTokens(slot_mapping[:tokens], positions[:tokens])
-        self._policy.update_pages(self._bound(kv_cache), new)
+        self.policy.update_pages(self.bound(kv_cache), new)
 
     def forward(
         self,
@@ -286,7 +286,7 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
         rows = step.table.seq_lens.shape[0]
-        decode_layer(self._bound(kv_cache), step, query[:rows], output[:rows])
+        decode_layer(self.bound(kv_cache), step, query[:rows], output[:rows])
         if self._meter is not None:
             self._meter.count_tokens(step)
         if attn_metadata.rest is not None:

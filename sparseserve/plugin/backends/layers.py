@@ -59,10 +59,10 @@ class SparseImpl:
     backend: ClassVar[type[SparseBackend]]  # which vLLM's spec is made with
     views: ClassVar[Callable[[Tensor], PagedKV]]  # of the cache
 
-    _policy: Policy | None = None
+    policy: Policy | None = None
     _layer: SparseLayer | None = None
     _cache: int | None = None  # where the layer's cache was when it was bound
-    _heads: GroupedHeads | None = None
+    heads: GroupedHeads | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -88,21 +88,22 @@ class SparseImpl:
 
         `meter` is the one to report a finished step to, for the last layer only.
         """
-        self._policy, self._plan, self._page_state, self._meter = policy, plan, kept, meter
-        self._heads, self._layer = heads, None
+        self.policy, self._plan, self._page_state, self._meter = policy, plan, kept, meter
+        self.heads, self._layer = heads, None
 
     def unbind(self) -> None:
         """Let go of the cache's pages."""
         self._layer = None
 
-    def _bound(self, kv_cache: Tensor) -> SparseLayer:
+    def bound(self, kv_cache: Tensor) -> SparseLayer:
+        """The layer over its part of the cache."""
         if self._layer is None or self._cache != kv_cache.data_ptr():
             self._cache = kv_cache.data_ptr()
-            pages = kv_cache if self._heads is None else self._heads.groups.pages
+            pages = kv_cache if self.heads is None else self.heads.groups.pages
             state = page_state(pages, self._page_state)
-            places = None if self._heads is None else self._heads.places
+            places = None if self.heads is None else self.heads.places
             kv = replace(self.views(pages), places=places)
-            self._layer = SparseLayer(self._policy, self._plan, kv, state, self.scale)
+            self._layer = SparseLayer(self.policy, self._plan, kv, state, self.scale)
         return self._layer
 
     def _write_groups(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -110,12 +111,12 @@ class SparseImpl:
         if get_forward_context().attn_metadata is None:
             return  # vLLM warms up, without a token to keep
         tokens = slot_mapping.shape[0]
-        ops.write_tokens(key[:tokens], value[:tokens], self._heads.groups.slot_mappings, self._bound(kv_cache).kv)
+        ops.write_tokens(key[:tokens], value[:tokens], self.heads.groups.slot_mappings, self.bound(kv_cache).kv)
 
     def _forward_groups(
         self, layer: torch.nn.Module, query: Tensor, kv_cache: Tensor, batch: GroupedStep, output: Tensor
     ) -> Tensor:
-        bound, heads = self._bound(kv_cache), self._heads
+        bound, heads = self.bound(kv_cache), self.heads
         if batch.decode is not None:
             decode_layer(bound, batch.decode, query[: batch.rows], output[: batch.rows])
             if self._meter is not None:

@@ -73,7 +73,7 @@ class Meter:
             metrics.RESIDENT.labels(self._policy, role.value).inc(resident[0] * len(plans))
 
 
-_COUNTING: WeakSet[CudaMeter] = WeakSet()  # whose numbers `snapshot` asks for
+COUNTING: WeakSet[CudaMeter] = WeakSet()  # whose numbers `snapshot` asks for
 
 
 class CudaMeter(Meter):
@@ -93,7 +93,7 @@ class CudaMeter(Meter):
         self._arrived = torch.zeros(3, layers, dtype=torch.float64, pin_memory=device.type == "cuda")
         self._published = torch.zeros(3, layers, dtype=torch.float64)
         self._due = 0.0
-        _COUNTING.add(self)
+        COUNTING.add(self)
 
     def _labels(self) -> dict[str, str]:
         on_gpu = self._device.type == "cuda"
@@ -139,7 +139,7 @@ Snapshot = list[tuple[str, str, str, list[tuple[str, dict[str, str], float]]]]
 
 def snapshot() -> Snapshot:
     """All metrics of this process: (name, help, type, [(sample name, labels, value)])."""
-    for meter in _COUNTING:
+    for meter in COUNTING:
         meter.flush()
     return [
         (metric.name, metric.documentation, metric.type, [(s.name, s.labels, s.value) for s in metric.samples])

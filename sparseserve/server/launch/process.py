@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
 from sparseserve.server.launch.supervise import stop_with_parent
 
 STARTUP_TIMEOUT = 240.0  # seconds, of a small model
@@ -34,18 +37,15 @@ class Server:
             body: bytes = response.read()
         return body.decode()
 
-    def metrics(self) -> dict[str, float]:
-        """The samples of /metrics, by `name{labels}` as printed."""
-        lines = (line for line in self.get("/metrics").splitlines() if line and not line.startswith("#"))
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+    def samples(self) -> list[Sample]:
+        """What /metrics says."""
+        families = text_string_to_metric_families(self.get("/metrics"))
+        return [sample for family in families for sample in family.samples]
 
     def total(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that carry `labels`."""
-        wanted = [f'{key}="{value}"' for key, value in labels.items()]
         return sum(
-            value
-            for sample, value in self.metrics().items()
-            if sample.split("{")[0] == name and all(label in sample for label in wanted)
+            sample.value for sample in self.samples() if sample.name == name and labels.items() <= sample.labels.items()
         )
 
     def stop(self) -> int:

@@ -88,13 +88,13 @@ class MetricsEndpoint:
 
     def __init__(self) -> None:
         self._engine_client: EngineClient | None = None
-        self._metrics = WorkerMetrics()
+        self.metrics = WorkerMetrics()
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the middleware; with several API servers the workers' files already reach /metrics."""
         app.state.sparseserve_metrics = self
         if environment.PROMETHEUS not in os.environ:
-            REGISTRY.register(self._metrics)
+            REGISTRY.register(self.metrics)
             app.add_middleware(ScrapeMiddleware, endpoint=self)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
@@ -106,7 +106,7 @@ class MetricsEndpoint:
     async def refresh(self) -> None:
         """Ask the workers for their numbers, if there is an engine."""
         if self._engine_client is not None:
-            await self._metrics.refresh(self._engine_client)
+            await self.metrics.refresh(self._engine_client)
 
 
 async def _ask(engine_client: EngineClient) -> list[Snapshot]:

@@ -164,7 +164,7 @@ def test_a_killed_run_ends_with_the_same_gates(
 ) -> None:
     (tmp_path / "whole").mkdir()
     whole = distilled(trained, tmp_path / "whole")
-    step, taken, kills = Training._step, list[int](), [9]
+    step, taken, kills = Training.step, list[int](), [9]
 
     def dying(self: Training, number: int) -> Tensor:
         if number in kills:
@@ -173,7 +173,7 @@ def test_a_killed_run_ends_with_the_same_gates(
         taken.append(number)
         return step(self, number)
 
-    monkeypatch.setattr(Training, "_step", dying)
+    monkeypatch.setattr(Training, "step", dying)
     with pytest.raises(KeyboardInterrupt):
         distilled(trained, tmp_path)
     again = distilled(trained, tmp_path)

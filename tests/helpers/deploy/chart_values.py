@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from tests.helpers.deploy.observability import DEPLOY
+from tests.helpers.paths import DEPLOY
 
 Values = dict[str, Any]
 QUEST = {"policy": "quest", "budget_tokens": 512}

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tests.helpers.deploy.observability import DEPLOY
+from tests.helpers.paths import DEPLOY
 
 FILE = DEPLOY / "compose.yaml"
 GPU_FILE = DEPLOY / "compose.gpu.yaml"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +13,11 @@ from urllib.parse import urlencode
 
 import yaml
 
-from sparseserve.server.launch.process import free_port
+from sparseserve.testing.waiting import wait_until
 from tests.helpers.deploy.observability import FOLDER
+from tests.helpers.deploy.stack import PATIENCE, free_address, process
 
 INTERVAL = "3s"  # longer than a busy server waits for its workers
-PATIENCE = 240.0  # seconds; other tests may leave little of the machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +38,7 @@ class Prometheus:
 
     def wait_for(self, expression: str) -> None:
         """Until an expression gives something."""
-        deadline = time.monotonic() + PATIENCE
-        while not self.values(expression):
-            assert time.monotonic() < deadline, f"still nothing: {expression}"
-            time.sleep(0.3)
+        wait_until(lambda: self.values(expression), lambda: f"nothing for {expression}", timeout=PATIENCE)
 
 
 @contextmanager
@@ -55,29 +49,12 @@ def scraping(target: str, folder: Path) -> Iterator[Prometheus]:
     config["rule_files"] = [str(FOLDER / name) for name in config["rule_files"]]
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    address = f"127.0.0.1:{free_port()}"
+    address = free_address()
     command = [
         "prometheus",
         f"--config.file={folder / 'prometheus.yml'}",
         f"--storage.tsdb.path={folder / 'storage'}",
         f"--web.listen-address={address}",
     ]
-    with (folder / "prometheus.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            _wait_until_ready(f"http://{address}", process)
-            yield Prometheus(f"http://{address}")
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{url}/-/ready", timeout=5).close()
-            return
-        except (urllib.error.URLError, ConnectionError):
-            time.sleep(0.1)
-    raise RuntimeError("Prometheus did not start, see prometheus.log")
+    with process(command, f"http://{address}/-/ready", folder / "prometheus.log"):
+        yield Prometheus(f"http://{address}")

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from sparseserve.server.launch.process import free_port
+from sparseserve.testing.waiting import wait_until
 from tests.helpers.deploy.compose import SERVICES, VARIABLE, mounts
 
 KEY = "sk-of-the-test"  # for everything that must be given
 SBIN = "/usr/sbin:/usr/local/sbin"  # where Debian has nginx
+PATIENCE = 240.0  # seconds; other tests may leave little of the machine
 
 
 def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def replaced(text: str, places: Mapping[str, str]) -> str:
@@ -52,22 +51,23 @@ def process(command: list[str], url: str, log: Path) -> Iterator[None]:
     with log.open("wb") as output:
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"PATH": path})
         try:
-            _wait(url, child, log)
+            _wait_for_answer(url, child, log)
             yield
         finally:
             child.terminate()
             child.wait(30)
 
 
-def _wait(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and child.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError(f"no answer from {url}:\n{log.read_text()[-2000:]}")
+def _wait_for_answer(url: str, child: subprocess.Popen[bytes], log: Path) -> None:
+    def silent() -> str:
+        return f"no answer from {url}:\n{log.read_text()[-2000:]}"
+
+    def answers() -> bool:
+        assert child.poll() is None, silent()
+        urllib.request.urlopen(url, timeout=5).close()
+        return True
+
+    wait_until(answers, silent, timeout=PATIENCE, not_yet=(OSError,))
 
 
 def without_compiler(folder: Path) -> str:

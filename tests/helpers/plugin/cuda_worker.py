@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -28,12 +29,18 @@ from vllm.v1.worker.gpu.attn_utils import (
     init_attn_backend,
     init_kv_cache,
 )
+from vllm.v1.worker.workspace import current_workspace_manager
 
+from sparseserve import ops
 from sparseserve.config import WORKERS, to_dict
+from sparseserve.decode.step import StepWorkspace
 from sparseserve.model import ModelShape
 from sparseserve.plugin.backends import cuda as backend_cuda
 from sparseserve.plugin.backends import layers
 from sparseserve.plugin.backends.cuda import SparseCUDABackend, SparseCUDABuilder
+from sparseserve.plugin.watch import meter
+from sparseserve.plugin.watch.meter import CudaMeter
+from sparseserve.plugin.watch.recall import CudaRecall
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape
 
@@ -68,6 +75,21 @@ def stand_in_for_flash_attention(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(flash_attn, "_FA4_DENSE_ATTENTION_KERNEL", _attend)
     for module in (backend_cuda, layers):
         patch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0)
+
+
+def without_values(patch: pytest.MonkeyPatch) -> None:
+    """For the device `meta`: no kernel runs, and nobody looks at what was counted or measured."""
+    patch.setattr(ops, "kernels", lambda device: None)
+    patch.setattr(CudaMeter, "report", lambda counted: None)
+    patch.setattr(CudaRecall, "collect", lambda measured: None)
+    patch.setattr(meter, "COUNTING", WeakSet())
+
+
+def only_resource() -> StepWorkspace:
+    """What the worker's workspace manager holds; vLLM has no public way to ask it for all."""
+    memory: StepWorkspace
+    (memory,) = current_workspace_manager()._persistent_resources[0].values()
+    return memory
 
 
 @dataclass
@@ -146,7 +168,8 @@ class Worker:
         """Attention of `query` [T, Hq, D]; memory for the output is full of NaN."""
         module = self.layers[layer]
         out = torch.full_like(query, torch.nan)
-        return module.impl.forward(module, query, key, value, self.caches[layer], metadata, out)
+        attended: Tensor = module.impl.forward(module, query, key, value, self.caches[layer], metadata, out)
+        return attended
 
 
 class GroupedWorker:

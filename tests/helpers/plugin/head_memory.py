@@ -18,7 +18,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     pool = core.engine_core.scheduler.kv_cache_manager.block_pool
 
     def total(name: str) -> float:
-        return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+        return float(sum(metric.value for metric in llm.get_metrics() if metric.name == name))
 
     free, runs = pool.get_num_free_blocks(), []
     for run in asked["runs"]:

@@ -15,16 +15,16 @@ def main(asked: dict[str, Any]) -> list[list[dict[str, float]]]:
     engine = start(asked).llm_engine
     from vllm import SamplingParams
 
-    from sparseserve.plugin.watch.metrics import KV_KINDS, WORKER
+    from sparseserve.plugin.watch.metrics import KV_KINDS
+    from tests.helpers.plugin.worker_metrics import value
 
     pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
 
     def numbers(ended: int) -> dict[str, float]:
-        names = {"freed": "sparseserve_kv_pages_freed_total", "gain": "sparseserve_kv_capacity_gain"}
-        said = {key: WORKER.get_sample_value(name) for key, name in names.items()}
-        said |= {kind: WORKER.get_sample_value("sparseserve_kv_bytes", {"kind": kind}) for kind in KV_KINDS}
+        said = {"freed": value("sparseserve_kv_pages_freed_total"), "gain": value("sparseserve_kv_capacity_gain")}
+        said |= {kind: value("sparseserve_kv_bytes", kind=kind) for kind in KV_KINDS}
         held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-        return {"ended": ended, "held": held} | {key: float(value) for key, value in said.items()}
+        return {"ended": ended, "held": held} | said
 
     runs = [[numbers(0)]]
     for number, prompts in enumerate(asked["runs"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
@@ -21,7 +22,6 @@ def main(asked: dict[str, Any]) -> dict[str, str]:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
     from sparseserve import ops
-    from sparseserve.decode import layer as decode
     from sparseserve.errors import SelfCheckError
     from sparseserve.plugin.self_check import check_worker_attention
     from sparseserve.plugin.watch.meter import snapshot
@@ -39,13 +39,13 @@ def main(asked: dict[str, Any]) -> dict[str, str]:
     def other_keys(query: Any, kv: Any, *arguments: Any, **options: Any) -> Any:
         return attend(query.roll(1, -1), kv, *arguments, **options)
 
-    broken = {
+    broken: dict[str, AbstractContextManager[Any]] = {
         "nothing": patch.dict({}),
-        "kernel computes something else": patch.object(decode.ops, "attend", other_keys),
-        "kernel attends to everything": patch.object(decode.ops, "attend", everything),
-        "rows never reach the policy": patch.object(type(builder), "_batch", all_in_their_prompt(builder)),
+        "kernel computes something else": patch.object(ops, "attend", other_keys),
+        "kernel attends to everything": patch.object(ops, "attend", everything),
+        "rows never reach the policy": patch.object(type(builder), "batch", all_in_their_prompt(builder)),
         "a layer is vLLM's own": patch.object(last, "impl", object.__new__(CPUAttentionBackendImpl)),
-        "a layer has no policy": patch.object(last.impl, "_policy", None),
+        "a layer has no policy": patch.object(last.impl, "policy", None),
     }
 
     def counted() -> dict[str, float]:
@@ -64,7 +64,7 @@ def main(asked: dict[str, Any]) -> dict[str, str]:
 
 def all_in_their_prompt(builder: Any) -> Any:
     """The builder's view of a batch, as if no row decoded."""
-    original = type(builder)._batch
+    original = type(builder).batch
 
     def batch(self: Any, common: Any) -> Any:
         common.is_prefilling[:] = True

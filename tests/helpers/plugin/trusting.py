@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -50,8 +51,8 @@ def main(asked: dict[str, Any]) -> Any:
     llm = one_process.start(asked)
     from vllm import SamplingParams
 
+    from sparseserve import ops
     from sparseserve.config import from_dict
-    from sparseserve.decode import layer as decode
     from sparseserve.plugin.watch.meter import snapshot
     from sparseserve.testing.engine import rebind
 
@@ -64,8 +65,8 @@ def main(asked: dict[str, Any]) -> Any:
         preempted = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
         return found | {"preemptions": preempted}
 
-    recorder = Recorder(decode.ops.attend)
-    decode.ops.attend = recorder
+    recorder = Recorder(ops.attend)
+    patch.object(ops, "attend", recorder).start()
     answers, asked_so_far = {}, 0
     for case in asked["cases"]:
         llm.collective_rpc(rebind, args=(from_dict(case["policy"]),))

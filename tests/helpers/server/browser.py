@@ -6,7 +6,6 @@ import base64
 import json
 import shutil
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from websockets.sync.client import ClientConnection, connect
+
+from sparseserve.testing.waiting import wait_until
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
@@ -29,7 +30,7 @@ FLAGS = [
     "--remote-debugging-port=0",
 ]
 WINDOW = {"width": 1280, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-STARTUP, PATIENCE = 60.0, 30.0  # seconds
+PATIENCE = 30.0  # seconds
 WATCH = """
 window.problems = [];
 addEventListener("error", (event) => problems.push(event.message));
@@ -70,11 +71,11 @@ class Tab:
 
     def wait(self, expression: str) -> Any:
         """Until a JavaScript expression is true."""
-        deadline = time.monotonic() + PATIENCE
-        while not (value := self.value(expression)):
-            assert time.monotonic() < deadline, (expression, self.value("document.body.innerText"))
-            time.sleep(0.1)
-        return value
+        return wait_until(
+            lambda: self.value(expression),
+            lambda: f"{expression} is false in: {self.value('document.body.innerText')}",
+            timeout=PATIENCE,
+        )
 
     def type(self, selector: str, text: str) -> None:
         """Type into a field, in place of what it holds."""
@@ -104,8 +105,5 @@ def tab(folder: Path) -> Iterator[Tab]:
 
 
 def _port(file: Path) -> int:
-    deadline = time.monotonic() + STARTUP
-    while not (file.is_file() and file.read_text().count("\n")):
-        assert time.monotonic() < deadline, file.with_name("chromium.log").read_text()
-        time.sleep(0.1)
+    wait_until(lambda: "\n" in file.read_text(), file.with_name("chromium.log").read_text, not_yet=(FileNotFoundError,))
     return int(file.read_text().splitlines()[0])

@@ -94,7 +94,7 @@ def make_front(
     models = SimpleNamespace(base_model_paths=[SimpleNamespace(name=name) for name in served], lora_requests={})
     state = State({"openai_serving_models": models})
     with suppress(StopIteration):  # it waits for nothing
-        plugin.init_state(engine, state, args).send(None)  # type: ignore[arg-type]
+        plugin.init_state(engine, state, args).send(None)
     return made
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from sparseserve.server.launch.serve import engine_config, prepare
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.tasks import SupportedTask
 
 LAYERS, KV_HEADS, LONGEST = 6, 2, 8192
 CONFIG = {
@@ -116,15 +117,21 @@ def configured(
 
 
 @contextmanager
-def served(args: Namespace, engine: Workers | None, page: str = "0") -> Iterator[FastAPI]:
+def served(
+    args: Namespace,
+    engine: Workers | None,
+    page: str = "0",
+    plugins: Sequence[str] = ("sparseserve_metrics", "sparseserve_routes"),
+    tasks: tuple[SupportedTask, ...] = ("generate",),
+) -> Iterator[FastAPI]:
     """vLLM's app with our plugins."""
     from vllm.entrypoints.launchers.app import build_app
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_PLUGINS", "sparseserve_metrics,sparseserve_routes")
+        patch.setenv("VLLM_PLUGINS", ",".join(plugins))
         patch.setenv(environment.PAGE, page)
-        app = build_app(args, ("generate",), None)
+        app = build_app(args, tasks, engine and engine.vllm_config.model_config)
     for plugin in app.state.endpoint_plugins:
         asyncio.run(plugin.init_state(engine, app.state, args))
     yield app
-    REGISTRY.unregister(app.state.sparseserve_metrics._metrics)
+    REGISTRY.unregister(app.state.sparseserve_metrics.metrics)

@@ -14,7 +14,6 @@ pytest.importorskip("vllm")
 
 from vllm.config import VllmConfig
 
-from sparseserve import ops
 from sparseserve.config import find_policy
 from sparseserve.decode.step import StepBuffers, StepWorkspace
 from sparseserve.errors import UnsupportedError
@@ -22,7 +21,6 @@ from sparseserve.ops import step_scratch
 from sparseserve.plugin import settings
 from sparseserve.plugin.backends.cuda import SparseCUDABackend
 from sparseserve.plugin.watch import meter as stats
-from sparseserve.plugin.watch import metrics
 from sparseserve.plugin.watch.requests import ServedRequest
 from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.request_options import RequestOptions
@@ -41,7 +39,9 @@ from tests.helpers.plugin.cuda_worker import (
     model_shape,
     stand_in_for_flash_attention,
     vllm_config,
+    without_values,
 )
+from tests.helpers.plugin.worker_metrics import recall_of, tokens_of
 
 pytestmark = pytest.mark.vllm
 
@@ -222,10 +222,8 @@ def test_no_step_waits_for_the_device(
     start: Callable[..., Worker], policy: Policy, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors of the device `meta` have no values: reading one raises, and so does a shape that depends on one."""
-    monkeypatch.setattr(ops, "kernels", lambda device: None)
+    without_values(monkeypatch)
     worker = start(policy, device="meta")
-    worker.builder._meter._due = float("inf")  # the copies that nothing waits for have no source here
-    monkeypatch.setattr(worker.builder._recall, "collect", lambda: None)
     common = batch.metadata(torch.zeros(8, 7, dtype=torch.int32), "meta")
     for build in (worker.builder.build_for_cudagraph_capture, lambda common: worker.builder.build(0, common)):
         metadata = build(common)
@@ -279,7 +277,7 @@ def test_pages_have_room_for_summaries_in_both_layouts(start: Callable[..., Work
     assert [layout.name for layout in SparseCUDABackend.supported_kv_cache_layouts()] == ["LBHNC", "LBNHC"]
     for layer, cache in zip(worker.layers, worker.caches, strict=True):
         assert cache.shape == (POOL, heads.kv_heads, PAGE, 2 * heads.head_dim)
-        bound = layer.impl._bound(cache)
+        bound = layer.impl.bound(cache)
         bound.page_state.fill_(7)
         assert not cache.any()  # summaries lie outside of keys and values
         bound.kv.key.fill_(1), bound.kv.value.fill_(2)
@@ -293,24 +291,22 @@ def test_tokens_are_counted_without_waiting(start: Callable[..., Worker], layout
     worker = start(policy, layout=layout)
     pages = page_table(bed)
     filled(worker, pages, key, value)
-    recall = metrics.LAYER_RECALL.labels("quest", 1)
-    kept, rows = recall._sum.get(), recall._count.get()
-    select = metrics.ATTENDED.labels("quest", "select"), metrics.RESIDENT.labels("quest", "select")
+    kept, rows = recall_of("quest", 1)
     stats.snapshot()
-    before = [counter._value.get() for counter in select]
+    before = tokens_of("quest", "select")
     common = DECODE.metadata(pages, "cpu")
     padded = [torch.nn.functional.pad(query, (0, 0, 0, 0, 0, 2)), last_tokens(key, 0), last_tokens(value, 0)]
     stepped(worker, worker.builder.build(0, common), common.slot_mapping, *padded)
-    assert [counter._value.get() for counter in select] == before
+    assert tokens_of("quest", "select") == before
     stats.snapshot()
     expected = bed.decode(query)
     attended = sum(float(layer[: len(LONG)].double().mean(1).sum()) for layer in expected.attended[1:])
-    assert [counter._value.get() for counter in select] == [before[0] + attended, before[1] + 2 * sum(LONG)]
-    assert recall._count.get() == rows  # what was measured is looked at before the next step
+    assert tokens_of("quest", "select") == [before[0] + attended, before[1] + 2 * sum(LONG)]
+    assert recall_of("quest", 1) == (kept, rows)  # what was measured is looked at before the next step
     worker.builder.build(0, common)
-    assert recall._count.get() - rows == len(LONG)
+    assert recall_of("quest", 1)[1] - rows == len(LONG)
     assert expected.measurement is not None
-    assert recall._sum.get() - kept == pytest.approx(float(expected.measurement.recall[1, : len(LONG)].sum()))
+    assert recall_of("quest", 1)[0] - kept == pytest.approx(float(expected.measurement.recall[1, : len(LONG)].sum()))
 
 
 def cuda_config(**changes: Any) -> Any:

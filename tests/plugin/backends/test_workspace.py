@@ -23,7 +23,15 @@ from sparseserve.errors import UnsupportedError
 from sparseserve.plugin.backends.cuda import SparseCUDABuilder
 from sparseserve.policies import Dense, Policy, Tidal
 from sparseserve.types import CPU
-from tests.helpers.plugin.cuda_worker import LAYERS, MAX_LEN, Batch, Worker, stand_in_for_flash_attention, vllm_config
+from tests.helpers.plugin.cuda_worker import (
+    LAYERS,
+    MAX_LEN,
+    Batch,
+    Worker,
+    only_resource,
+    stand_in_for_flash_attention,
+    vllm_config,
+)
 
 pytestmark = pytest.mark.vllm
 Start = Callable[[Policy], Worker]
@@ -53,7 +61,7 @@ def test_the_profiling_run_allocates_what_the_builder_takes(start: Start, worksp
         assert not worker.forward(layer, None, query, query[:, :2], query[:, :2]).any()
     current_workspace_manager().lock()
     builder = SparseCUDABuilder(worker.spec, [layer.layer_name for layer in worker.layers], worker.config, CPU)
-    (memory,) = current_workspace_manager()._persistent_resources[0].values()
+    memory = only_resource()
     step = builder.build_for_cudagraph_capture(
         Batch([448] * 8, [1] * 8).metadata(torch.zeros(8, 7, dtype=torch.int32), "cpu")
     ).step

@@ -17,13 +17,11 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.utils import clear_layer_kv_caches
 from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager, reset_workspace_manager
 
-from sparseserve import ops
 from sparseserve.decode.step import StepWorkspace
 from sparseserve.errors import UnsupportedError
 from sparseserve.plugin.backends.cuda import SparseCUDABackend
 from sparseserve.plugin.head_memory import manager
 from sparseserve.plugin.watch import meter as stats
-from sparseserve.plugin.watch import metrics
 from sparseserve.policies import Dense, Moa, Policy, Retrieval, Streaming
 from sparseserve.testing import target
 from sparseserve.testing.bed import Bed
@@ -36,9 +34,12 @@ from tests.helpers.plugin.cuda_worker import (
     Batch,
     GroupedWorker,
     model_shape,
+    only_resource,
     stand_in_for_flash_attention,
+    without_values,
 )
 from tests.helpers.plugin.cuda_worker import vllm_config as config_of
+from tests.helpers.plugin.worker_metrics import tokens_of
 
 pytestmark = pytest.mark.vllm
 
@@ -201,7 +202,7 @@ def test_prompts_attend_to_the_same_windows_whatever_their_chunks(
         prompt(start(policy), tokens, row, chunks) for chunks in ([length], [64] * 4 + [44], [99, 1, 150, 49, 1])
     )
     torch.testing.assert_close(whole.float(), expected, rtol=2e-2, atol=2e-2)
-    heads = [layer.impl._heads for layer in start(policy).layers]
+    heads = [layer.impl.heads for layer in start(policy).layers]
     for out in chunked:
         torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
         for layer, mine in enumerate(heads):
@@ -214,7 +215,7 @@ def test_heads_that_free_no_page_attend_to_everything_in_prompts_and_in_decode(
 ) -> None:
     policy = policies["rounded"]
     worker, plans = start(policy), policy.plans(SHAPE)
-    assert [layer.impl._heads.full.kv.tolist() for layer in worker.layers] == [[0]] * LAYERS
+    assert [layer.impl.heads.full.kv.tolist() for layer in worker.layers] == [[0]] * LAYERS
     assert all(masks(policy, plan, MAX_LEN)[0, -1].all() for plan in plans)
     expected = expected_prompt(policy, tokens, 1)
     for chunks in ([448], [446, 1, 1]):
@@ -267,11 +268,8 @@ def test_no_step_waits_for_the_device(
     start: Start, tokens: tuple[Tensor, ...], policy: Policy, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors of the device `meta` have no values: reading one raises, and so does a shape that depends on one."""
-    monkeypatch.setattr(ops, "kernels", lambda device: None)
+    without_values(monkeypatch)
     worker = start(policy, device="meta")
-    meter = worker.attention[0][0].get_metadata_builder()._meter
-    meter._due = float("inf")  # the copy that nothing waits for has no source here
-    stats._COUNTING.discard(meter)
     mine = [new_tokens(half, batch, ALL).to("meta") for half in tokens]
     for capture in (True, False):
         worker.run(*worker.build(batch, ALL, capture), *mine)
@@ -300,8 +298,8 @@ def test_the_profiling_run_allocates_what_the_builder_takes(
         current_workspace_manager().lock()
         group = worker.attention[0][0]
         group.create_metadata_builders(worker.config, CPU)
-        (memory,) = current_workspace_manager()._persistent_resources[0].values()
-        scratches = [layer.impl._heads.scratch for layer in worker.layers]
+        memory = only_resource()
+        scratches = [layer.impl.heads.scratch for layer in worker.layers]
         assert {scratch.data_ptr() for scratch in scratches} == {memory.scratch.data_ptr()}
     finally:
         reset_workspace_manager()
@@ -312,14 +310,13 @@ def test_tokens_of_rows_under_the_policy_are_counted(
 ) -> None:
     policy = policies["retrieval-long"]
     worker = filled(start(policy), tokens, ALL)
-    window = metrics.ATTENDED.labels("retrieval", "window"), metrics.RESIDENT.labels("retrieval", "window")
     stats.snapshot()
-    before = [counter._value.get() for counter in window]
+    before = tokens_of("retrieval", "window")
     step(worker, tokens, DECODE, ALL)
     stats.snapshot()
     long = LENGTHS[:3]  # of two layers, one with a head of two that keeps everything
     counted = sum((length + 128) / 2 + 128 for length in long), 2 * sum(long)
-    assert [counter._value.get() for counter in window] == [old + new for old, new in zip(before, counted, strict=True)]
+    assert tokens_of("retrieval", "window") == [old + new for old, new in zip(before, counted, strict=True)]
 
 
 def test_pages_of_another_size_than_the_groups_were_made_for_are_refused(

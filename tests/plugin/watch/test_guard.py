@@ -14,6 +14,7 @@ from sparseserve.plugin.watch.requests import ServedRequest
 from sparseserve.policies import Dense, Policy, Quest, Tidal
 from sparseserve.request_options import RequestOptions
 from sparseserve.types import HeadShape, Measurement
+from tests.helpers.plugin.worker_metrics import value
 
 pytestmark = pytest.mark.vllm
 MODEL = ModelShape("model", 16, HeadShape(2, 2, 64), 32768, 64)
@@ -46,9 +47,8 @@ def sampled(recall: Recall, requests: list[ServedRequest], kept: list[float], ti
         recall.observe(measured(kept))
 
 
-def count(counter: Any, *labels: str) -> float:
-    value: float = counter.labels(*labels)._value.get()
-    return value
+def count(name: str, **labels: str) -> float:
+    return value(f"sparseserve_{name}_total", policy="quest", **labels)
 
 
 def test_a_share_of_the_steps_measures_a_quarter_of_the_layers_in_turn() -> None:
@@ -105,19 +105,19 @@ def test_groups_are_judged_apart() -> None:
 def test_budgets_double_up_to_the_largest_then_the_request_is_dense() -> None:
     policy = quest(recall_action="widen", max_budget_tokens=1500)
     recall, request, fine = Recall(policy, plans(policy)), plain(), plain()
-    before = count(metrics.BUDGET_WIDENED, "quest"), count(metrics.DENSE_FALLBACK, "quest", "budget")
-    under = count(metrics.UNDER_FLOOR, "quest", "widen")
+    before = count("budget_widened"), count("dense_fallback", reason="budget")
+    under = count("under_floor", action="widen")
     budgets = []
     for _ in range(3):
         sampled(recall, [request, fine], [0.5, 0.95], times=2)
         budgets.append((request.budget_tokens, request.dense))
     assert budgets == [(1024, False), (1500, False), (1500, True)]
     assert request.widened == 2 and request.reason == "budget" and fine.plain
-    assert count(metrics.BUDGET_WIDENED, "quest") == before[0] + 2
-    assert count(metrics.DENSE_FALLBACK, "quest", "budget") == before[1] + 1
-    assert count(metrics.UNDER_FLOOR, "quest", "widen") == under + 1  # a request counts once
+    assert count("budget_widened") == before[0] + 2
+    assert count("dense_fallback", reason="budget") == before[1] + 1
+    assert count("under_floor", action="widen") == under + 1  # a request counts once
     sampled(recall, [request], [0.5], times=5)
-    assert count(metrics.DENSE_FALLBACK, "quest", "budget") == before[1] + 1
+    assert count("dense_fallback", reason="budget") == before[1] + 1
 
 
 def test_a_budget_that_a_request_asked_for_is_widened_from_there() -> None:
@@ -130,18 +130,19 @@ def test_a_budget_that_a_request_asked_for_is_widened_from_there() -> None:
 def test_reporting_changes_nothing() -> None:
     policy = quest()
     recall, request = Recall(policy, plans(policy)), plain()
-    before = count(metrics.UNDER_FLOOR, "quest", "report")
+    before = count("under_floor", action="report")
     sampled(recall, [request], [0.1], times=9)
-    assert request.plain and count(metrics.UNDER_FLOOR, "quest", "report") == before + 1
+    assert request.plain and count("under_floor", action="report") == before + 1
 
 
 def test_rows_that_were_not_compared_are_neither_counted_nor_judged() -> None:
     policy = quest(recall_action="dense")
     recall, request = Recall(policy, plans(policy)), plain()
-    histogram = metrics.RECALL.labels("quest", "0-3")
-    rows = sum(bucket.get() for bucket in histogram._buckets)
+    metrics.RECALL.labels("quest", "0-3")  # is there from now on
+    rows = value("sparseserve_attention_recall_count", policy="quest", layers="0-3")
     sampled(recall, [request, plain()], [float("nan"), 0.95], times=3)
-    assert sum(bucket.get() for bucket in histogram._buckets) == rows + 3 * 2  # layers 2 and 3 of the group
+    counted = value("sparseserve_attention_recall_count", policy="quest", layers="0-3") - rows
+    assert counted == 3 * 2  # layers 2 and 3 of the group
     assert request.recall is None and request.plain
 
 

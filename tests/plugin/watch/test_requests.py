@@ -12,6 +12,7 @@ from sparseserve.plugin.backends.rows import split_rows
 from sparseserve.plugin.watch import metrics
 from sparseserve.plugin.watch.requests import REMEMBERED, ServedRequests, apart
 from sparseserve.policies import Policy, Quest, Streaming
+from tests.helpers.plugin.worker_metrics import value
 
 pytestmark = pytest.mark.vllm
 POLICY = Quest(budget_tokens=512, min_tokens=256)
@@ -115,8 +116,10 @@ def test_outcomes_are_told_once_by_the_id_of_the_call(requests: ServedRequests) 
 
 def test_ended_requests_do_not_pile_up(requests: ServedRequests) -> None:
     for number in range(2 * REMEMBERED):
-        requests.update(scheduled({f"cmpl-{number}-0": None}, ended={f"cmpl-{number - 1}-0"}))
-    assert len(requests._ended) == REMEMBERED and len(requests._running) == 5
+        requests.update(scheduled({f"cmpl-q{number}-0": None}, ended={f"cmpl-q{number - 1}-0"}))
+    assert all(requests.outcome(name) for name in "abcd")
+    told = [number for number in range(2 * REMEMBERED) if requests.outcome(f"q{number}")]
+    assert told == [*range(REMEMBERED - 1, 2 * REMEMBERED)]  # those that ended, and the one that runs
 
 
 @pytest.mark.parametrize(
@@ -124,10 +127,11 @@ def test_ended_requests_do_not_pile_up(requests: ServedRequests) -> None:
     [(POLICY, {"sparse_budget_tokens": 1}), (POLICY, {"sparse_policy": "moa"}), (Streaming(), DENSE)],
 )
 def test_options_that_cannot_be_followed_are_counted_and_never_kill_the_worker(policy: Policy, xargs: Any) -> None:
-    ignored = metrics.IGNORED_OPTIONS.labels(policy.name)
-    before = ignored._value.get()
+    metrics.IGNORED_OPTIONS.labels(policy.name)  # is there from now on
+    before = value("sparseserve_ignored_options_total", policy=policy.name)
     table = ServedRequests(policy, runner := Runner())
     table.update(scheduled({"x": xargs}))
     runner.input_batch.req_ids = ["x"]
     (row,) = table.rows(batch(1))
-    assert row is not None and row.plain and ignored._value.get() == before + 1
+    assert row is not None and row.plain
+    assert value("sparseserve_ignored_options_total", policy=policy.name) == before + 1

@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import REGISTRY
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from sparseserve.testing.waiting import wait_until
 from tests.helpers.server.front_app import Engine
 
 pytestmark = pytest.mark.vllm
@@ -95,8 +96,7 @@ def test_a_drain_ends_streams_refuses_requests_and_stops_the_server(front: Any, 
         up = asyncio.create_task(server.app({"type": "lifespan"}, lifespan.get, _ignore))
         call = Call(server.app)
         running = asyncio.create_task(call.run())
-        while not call.text:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, lambda: call.text)
         assert (await asyncio.to_thread(server.client.get, "/ready")).status_code == 200
 
         signal.raise_signal(signal.SIGTERM)
@@ -192,8 +192,7 @@ def test_clients_that_go_away_are_counted(front: Any) -> None:
         before, slow = counted(), Slow()
         call = Call(front(answer=slow).app, {"model": "demo@dense"})
         running = asyncio.create_task(call.run())
-        while not call.text:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, lambda: call.text)
         call.gone.set()
         await running
         assert changed(before) == {("dense", "aborted"): 1}

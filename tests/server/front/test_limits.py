@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from starlette.routing import Mount, WebSocketRoute
+from starlette.testclient import TestClient, WebSocketDenialResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.tasks import SupportedTask
 
 from sparseserve.errors import ConfigError
-from sparseserve.server.front.limits import OPEN
+from tests.helpers.server.open_paths import OPEN
+from tests.helpers.server.served_app import Workers, busy_worker, configured, served
 
 pytestmark = pytest.mark.vllm
 KEY = {"Authorization": "Bearer sk-right"}
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def test_everything_but_the_open_paths_needs_the_key(front: Any) -> None:
@@ -27,6 +33,38 @@ def test_everything_but_the_open_paths_needs_the_key(front: Any) -> None:
             assert is_open or method == "HEAD" or answer.json() == {"error": "Unauthorized"}
         assert server.client.request(method, path, headers=KEY).status_code != 401
     assert len(server.bodies) == sum(method == "POST" for method, _ in routes)  # those with the key
+
+
+@pytest.fixture(scope="module")
+def all_routes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """vLLM's app and ours with a key, every task and the routes of developers."""
+    args, config = configured(tmp_path_factory.mktemp("model"), "--api-key", "sk-right")
+    engine = Workers(config, lambda: [busy_worker()])
+    plugins = ("sparseserve_front", "sparseserve_metrics", "sparseserve_routes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_SERVER_DEV_MODE", "1")
+        with served(args, engine, page="1", plugins=plugins, tasks=get_args(SupportedTask)) as app:
+            yield TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer sk-wrong"}], ids=["no key", "wrong key"])
+def test_every_route_of_vllm_and_of_ours_needs_the_key_but_the_open_ones(
+    all_routes: TestClient, headers: dict[str, str]
+) -> None:
+    found = set()
+    for route in all_routes.app.routes:
+        path = re.sub(r"\{\w+\}", "x", route.path)
+        if isinstance(route, WebSocketRoute):
+            with pytest.raises(WebSocketDenialResponse) as denied, all_routes.websocket_connect(path, headers=headers):
+                pass
+            assert denied.value.status_code == 401, path
+            continue
+        found.add(path := path + "/x" if isinstance(route, Mount) else path)
+        for method in METHODS:
+            is_open = method == "GET" and path in OPEN
+            status = all_routes.request(method, path, headers=headers).status_code
+            assert (status == 401) == (not is_open), (method, path, status)
+    assert {"/v1/chat/completions", "/v1/embeddings", "/collective_rpc", "/v1/sparsity", "/metrics/x"} < found > OPEN
 
 
 def test_the_key_may_be_in_the_environment(front: Any, monkeypatch: pytest.MonkeyPatch) -> None:

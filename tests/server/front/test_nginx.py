@@ -7,20 +7,20 @@ import http.client
 import http.server
 import re
 import shutil
-import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from sparseserve.server.launch.process import free_port
+from sparseserve.testing.waiting import PATIENCE
+from tests.helpers.deploy.stack import process
 from tests.helpers.paths import DEPLOY
 
 CONFIG = DEPLOY / "nginx.conf"
-PATIENCE, STREAM = 60, "/v1/completions"  # seconds
+STREAM = "/v1/completions"
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
 pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx (Debian package nginx-light) is not installed")
 
@@ -60,16 +60,9 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     text = text.replace("server 127.0.0.1:8000", f"server 127.0.0.1:{upstream.server_address[1]}")
     (folder / "nginx.conf").write_text(text)
     more = f"daemon off; user {getpass.getuser()};"  # who may write to the folder
-    process = subprocess.Popen([str(NGINX), "-c", str(folder / "nginx.conf"), "-p", str(folder), "-g", more])
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", listen)) == 0:
-                break
-        time.sleep(0.05)
-    yield listen
-    process.terminate()
-    process.wait(20)
+    command = [str(NGINX), "-c", str(folder / "nginx.conf"), "-p", str(folder), "-g", more]
+    with process(command, f"http://127.0.0.1:{listen}/health", folder / "nginx.log"):
+        yield listen
     upstream.shutdown()
 
 

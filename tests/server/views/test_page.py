@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from itertools import count
 
@@ -14,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
+from sparseserve.testing.waiting import wait_until
 from tests.helpers.server.browser import CHROMIUM, Tab, tab
 from tests.helpers.server.served_app import KV_HEADS, LAYERS, Workers, busy_worker, configured, served
 
@@ -55,9 +55,12 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_level="warning"))
         thread = threading.Thread(target=server.run)
         thread.start()
-        while not server.started:
+
+        def started() -> bool:
             assert thread.is_alive()
-            time.sleep(0.05)
+            return server.started
+
+        wait_until(started)
         port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}/sparsity"
         server.should_exit = True
