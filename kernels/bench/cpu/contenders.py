@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 
@@ -43,8 +44,8 @@ def policies(folder: Path, layers: int) -> dict[str, Policy]:
     half = known | set(draw.sample(others, (len(known) + len(others)) // 2 - len(known)))
     spans = {head: draw.choice(SPANS) for head in others} | dict.fromkeys(known, (0, 1))
     build_gates(folder / "gates.safetensors", layers)
-    tidal = {"budget_tokens": BUDGET, "reselect_layer": circuits.RESELECT_LAYER}
-    large = {"budget_tokens": LARGE_BUDGET}
+    tidal: dict[str, Any] = {"budget_tokens": BUDGET, "reselect_layer": circuits.RESELECT_LAYER}
+    large: dict[str, Any] = {"budget_tokens": LARGE_BUDGET}
     return {
         "dense": Dense(),
         "streaming": Streaming(sink_tokens=4, recent_tokens=BUDGET - 4, kv_memory="shared"),

@@ -112,12 +112,12 @@ def quest_scores(layers: Layers) -> Scores:
     unit = QUEST.unit_tokens
 
     def score(i: int, scores: Tensor, wanted: Wanted) -> object:
-        arguments = layers.query, layers.summaries[i], layers.pages, layers.seq_lens
+        arguments = layers.query, layers.page_state[i], layers.pages, layers.seq_lens
         return ops.score_pages(*arguments, unit, Bound.MEAN_STD, scores, wanted, layers.scratch)
 
     def exact(dtype: torch.dtype) -> Tensor:
         case = layers.sample(layers.count - 1)
-        summary = layers.sampled_pages(layers.summaries[-1])
+        summary = layers.sampled_pages(layers.page_state[-1])
         arguments = case.query, summary, case.pages, case.seq_lens, unit, Bound.MEAN_STD
         return reference.score_pages(*arguments, dtype=dtype)
 
@@ -135,6 +135,7 @@ def seer_scores(layers: Layers) -> Scores:
 
     def exact(dtype: torch.dtype) -> Tensor:
         case, gate = layers.sample(layers.count - 1), gates[-1]
+        assert gate.query_norm is not None
         weight = gate.query[layers.head :][:1].cpu()
         norm, rope = gate.query_norm.cpu(), gate.unrope.cpu()
         mine = Gate(weight, weight, norm, norm, unrope=rope, rope=rope)
