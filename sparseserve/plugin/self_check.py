@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +15,12 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.worker.gpu_worker import Worker
 
 from sparseserve import reference
 from sparseserve.errors import SelfCheckError
-from sparseserve.plugin.backends.builder import SparseBuilder
-from sparseserve.plugin.backends.layers import SparseImpl
+from sparseserve.plugin.backends.builder import Metadata, SparseBuilder
+from sparseserve.plugin.backends.layers import SparseImpl, device_of, impl_of
 from sparseserve.plugin.head_memory.attention import GroupedStep
 from sparseserve.plugin.settings import head_shape, policy_of
 from sparseserve.plugin.watch.metrics import SELF_CHECK
@@ -31,9 +31,9 @@ ROUNDING = 1e-9  # of means over heads
 TOLERANCE = 0.05  # relative; numbers of 16 bits differ by a tenth of it
 
 
-def check_worker_attention(worker: Any) -> None:
+def check_worker_attention(worker: Worker) -> None:
     """Raise SelfCheckError unless the policy's attention is what this worker computes; before any request."""
-    config: VllmConfig = worker.vllm_config
+    config = worker.vllm_config
     if (policy := policy_of(config)) is None:
         return
     layers = get_layers_from_vllm_config(config, Attention)
@@ -70,11 +70,13 @@ class _Row:
         self._config, self._policy, self._builder, self._layers = config, policy, builder, layers
         first = next(iter(layers.values()))
         self._heads, self._dtype = head_shape(first), first.kv_cache_torch_dtype
-        self._device = torch.device(config.device_config.device)
-        self._groups = first.impl.backend.groups
-        self._page: int = config.cache_config.block_size
+        self._device = device_of(config)
+        self._groups = impl_of(first).backend.groups
+        self._page = config.cache_config.block_size
         tables = 1 if self._groups is None else self._groups.tables.shape[0]
-        pages = (config.cache_config.num_gpu_blocks - 1) // tables  # vLLM keeps block 0 empty
+        blocks = config.cache_config.num_gpu_blocks
+        assert blocks is not None
+        pages = (blocks - 1) // tables  # vLLM keeps block 0 empty
         wanted = policy.dense_up_to + self._page
         self._length = min(wanted, config.model_config.max_model_len, pages * self._page)
         used = -(-self._length // self._page)
@@ -91,7 +93,7 @@ class _Row:
                 for number, (name, layer) in enumerate(self._layers.items()):
                     self._decode(name, layer, self._draw(number), common, metadata)
 
-    def _forward(self, metadata: Any) -> AbstractContextManager[None]:
+    def _forward(self, metadata: Metadata) -> AbstractContextManager[None]:
         """vLLM's forward context without what its ranks agree on first: they check one by one."""
         return override_forward_context(create_forward_context(dict.fromkeys(self._layers, metadata), self._config))
 
@@ -101,12 +103,12 @@ class _Row:
             for number, layer in enumerate(self._layers.values()):
                 drawn = self._draw(number)
                 key, value = (part[tokens.start : tokens.stop] for part in (drawn.key, drawn.value))
-                layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, common.slot_mapping)
+                impl_of(layer).do_kv_cache_update(layer, key, value, layer.kv_cache, common.slot_mapping)
 
     def _decode(
-        self, name: str, layer: Attention, drawn: _Drawn, common: CommonAttentionMetadata, metadata: Any
+        self, name: str, layer: Attention, drawn: _Drawn, common: CommonAttentionMetadata, metadata: Metadata
     ) -> None:
-        impl: SparseImpl = layer.impl
+        impl = impl_of(layer)
         key, value, out = drawn.key[-1:], drawn.value[-1:], torch.empty_like(drawn.query)
         impl.do_kv_cache_update(layer, key, value, layer.kv_cache, common.slot_mapping)
         impl.forward(layer, drawn.query, key, value, layer.kv_cache, metadata, out)
@@ -134,7 +136,7 @@ class _Row:
         pages = torch.arange(kv.key.shape[0], dtype=torch.int32)[None]
         table = PageTable(pages, torch.tensor([self._length]))
         chosen = Selection(
-            *(part.to(CPU) for part in (selection.spans, selection.units, selection.count)), selection.unit_tokens
+            selection.spans.to(CPU), selection.units.to(CPU), selection.count.to(CPU), selection.unit_tokens
         )
         return reference.attend(drawn.query.to(CPU), kv, table, chosen, scale)[0]
 
@@ -142,7 +144,7 @@ class _Row:
         """tokens [T, H, D] as pages [N, H, P, D] of one row."""
         missing = -len(tokens) % self._page
         padded = torch.nn.functional.pad(tokens.to(CPU), (0, 0, 0, 0, 0, missing))
-        return padded.unflatten(0, (-1, self._page)).transpose(1, 2)
+        return padded.view(-1, self._page, *tokens.shape[1:]).transpose(1, 2)
 
     def _draw(self, layer: int) -> _Drawn:
         """The same at every call."""
@@ -151,7 +153,7 @@ class _Row:
         parts = (torch.randn(*shape, heads.head_dim, generator=random) for shape in shapes)
         return _Drawn(*(part.to(self._device, self._dtype) for part in parts))
 
-    def _batch(self, tokens: range, in_prompt: bool) -> tuple[CommonAttentionMetadata, Any]:
+    def _batch(self, tokens: range, in_prompt: bool) -> tuple[CommonAttentionMetadata, Metadata]:
         """vLLM's metadata of the row with these new tokens, in all page tables, and what our layers get of it."""
         parts = [self._common(table, tokens, in_prompt) for table in self._tables]
         if self._groups is not None:
@@ -181,7 +183,7 @@ class _Row:
     @contextmanager
     def _uncounted(self) -> Iterator[None]:
         """Without metrics: nobody asked for this row."""
-        impls = [layer.impl for layer in self._layers.values()]
+        impls = [impl_of(layer) for layer in self._layers.values()]
         meters = [impl._meter for impl in impls]
         for impl in impls:
             impl._meter = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,8 @@ from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.v1.kv_cache_interface import KVCacheLayout, is_quantized_kv_cache
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from sparseserve import environment
 from sparseserve.config import ADDITIONAL_CONFIG, from_dict
@@ -24,7 +26,8 @@ from sparseserve.policies import Policy
 from sparseserve.types import HeadShape
 
 if TYPE_CHECKING:
-    from sparseserve.plugin.backends.layers import SparseImpl
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionImpl
 
 CUDA_HEAD_SIZES = (64, 96, 128, 256)
 PAGES_FIRST = KVCacheLayout.BLHNC.name
@@ -32,7 +35,7 @@ CUDA_GROUP = 16  # query heads of a KV head, at most
 WITHOUT_US = "serve this model without additional_config.sparseserve"
 
 
-def policy_of(vllm_config: VllmConfig) -> Policy | None:
+def policy_of(vllm_config: VllmConfig | Namespace) -> Policy | None:
     """The policy that `additional_config["sparseserve"]` asks for; None leaves vLLM as it is."""
     config = vllm_config.additional_config
     settings = config.get(ADDITIONAL_CONFIG) if isinstance(config, Mapping) else None
@@ -79,7 +82,7 @@ def rope_table(vllm_config: VllmConfig, head_dim: int) -> Tensor:
     return rope.cos_sin_cache[: model.max_model_len].float()
 
 
-def check_attention(name: str, impl: SparseImpl) -> None:
+def check_attention(name: str, impl: CPUAttentionBackendImpl | FlashAttentionImpl) -> None:
     """Raise UnsupportedError for attention that our kernels would compute as if it were plain softmax attention."""
     extras = {
         "sliding window": impl.sliding_window not in (-1, (-1, -1)),

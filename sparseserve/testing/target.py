@@ -115,7 +115,7 @@ def _simulator() -> ctypes.CDLL:
 @contextmanager
 def _routed(pages: Layout, op: Callable[[str], Callable[..., None]]) -> Iterator[None]:
     kernels()  # loaded later, they would take the ops back
-    library: Any = torch.library.Library("sparseserve", "IMPL")  # type: ignore[no-untyped-call]
+    library: Any = torch.library.Library("sparseserve", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
         scratch = functools.cache(step_scratch)  # from call to call, as a step has it

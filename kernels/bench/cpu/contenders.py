@@ -59,8 +59,8 @@ def settings(folder: Path, layers: int) -> dict[str, dict[str, Any]]:
     half = known | set(draw.sample(others, (len(known) + len(others)) // 2 - len(known)))
     spans = {head: draw.choice(SPANS) for head in others} | dict.fromkeys(known, (0, 1))
     build_gates(folder / "gates.safetensors", layers)
-    tidal = {"budget_tokens": BUDGET, "reselect_layer": circuits.RESELECT_LAYER}
-    large = {"budget_tokens": LARGE_BUDGET}
+    tidal: dict[str, Any] = {"budget_tokens": BUDGET, "reselect_layer": circuits.RESELECT_LAYER}
+    large: dict[str, Any] = {"budget_tokens": LARGE_BUDGET}
     return {
         "dense": {},
         "streaming": {"sink_tokens": 4, "recent_tokens": BUDGET - 4},

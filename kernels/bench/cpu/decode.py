@@ -59,7 +59,9 @@ def engine(model: str, first: Policy | None, pipe: Connection) -> None:
     }
     from vllm import LLM
 
-    settings = {"additional_config": {"sparseserve": to_dict(first)}, "worker_cls": WORKERS["cpu"]} if first else {}
+    settings: dict[str, Any] = {}
+    if first:
+        settings = {"additional_config": {"sparseserve": to_dict(first)}, "worker_cls": WORKERS["cpu"]}
     llm = LLM(model, max_model_len=CONTEXTS[-1] + 256, max_num_seqs=4, **settings)
     pages: list[int] = []
     pipe.send("ready")
@@ -77,7 +79,8 @@ def decode(llm: Any, text: str) -> tuple[float, str, list[int]]:
 
     core = llm.llm_engine
     core.add_request("bench", text, SamplingParams(temperature=0, max_tokens=TOKENS))
-    times, answer, pages = [], "", []
+    times, answer = [], ""
+    pages: list[int] = []
     while core.has_unfinished_requests():
         start = time.perf_counter()
         outputs = core.step()

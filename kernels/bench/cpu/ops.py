@@ -221,14 +221,15 @@ def bench_search_blocks(requests: Requests, rounds: int) -> list[Result]:
     policy = Hip()
     plan = policy.plans(ModelShape("bench", 8, requests.shape, requests.context, PAGE))[-1]
     rules = {name: getattr(policy, name) for name in ("chunk_tokens", "stage_tokens", "refresh_steps")}
-    limits = plan.sink, plan.recent, plan.budget
+    sink, recent, budget = plan.sink, plan.recent, plan.budget
+    assert sink is not None and recent is not None and budget is not None
     kept = policy.page_state(requests.shape, PAGE)
     assert kept is not None
     state = torch.zeros(len(requests.cache), *kept.shape, dtype=kept.dtype)
     selection, expected = (Selection.empty(1, 1, policy.selection_units(0), 8) for _ in range(2))
 
     def call(i: int, op: Callable[..., None] = ops.search_blocks, to: Selection = selection) -> None:
-        wanted = Wanted(to, *limits)
+        wanted = Wanted(to, sink, recent, budget)
         op(requests.query, requests.kv.key, requests.table(i), state, **rules, wanted=wanted)
 
     call(0)
@@ -244,9 +245,11 @@ def bench_search_blocks(requests: Requests, rounds: int) -> list[Result]:
 def gate_of(requests: Requests) -> Gate:
     dim = requests.shape.head_dim
     tensors = random_gates(ModelShape("bench", 1, requests.shape, requests.context, PAGE), gate_dim=dim).tensors
-    parts = (tensors[f"{name}.0"].float() for name in ("query", "key", "query_norm", "key_norm"))
+    query, key, query_norm, key_norm = (
+        tensors[f"{name}.0"].float() for name in ("query", "key", "query_norm", "key_norm")
+    )
     rope = plain_rope(requests.context, dim)
-    return Gate(*parts, unrope=rope, rope=rope)
+    return Gate(query, key, query_norm, key_norm, unrope=rope, rope=rope)
 
 
 def bench_score_gates(requests: Requests, rounds: int) -> list[Result]:

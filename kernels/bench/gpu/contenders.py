@@ -135,6 +135,7 @@ def seer_scores(layers: Layers) -> Scores:
 
     def exact(dtype: torch.dtype) -> Tensor:
         case, gate = layers.sample(layers.count - 1), gates[-1]
+        assert gate.query_norm is not None
         weight = gate.query[layers.head :][:1].cpu()
         norm, rope = gate.query_norm.cpu(), gate.unrope.cpu()
         mine = Gate(weight, weight, norm, norm, unrope=rope, rope=rope)

@@ -118,7 +118,7 @@ class Layers:
         whole = Selection.empty(self.count * rows, self.heads.kv_heads, slots, rule.unit_tokens, self.device)
         buffers = whole.spans, whole.units, whole.count
         parts = zip(*(buffer.split(rows) for buffer in buffers), strict=True)
-        return buffers, [Selection(*part, rule.unit_tokens) for part in parts]
+        return buffers, [Selection(spans, units, count, rule.unit_tokens) for spans, units, count in parts]
 
     def everything(self) -> Selection:
         """All tokens of all rows."""
@@ -164,5 +164,6 @@ class Layers:
 
     def sampled_selection(self, selection: Selection) -> Selection:
         """The selection of the sample, on the CPU."""
-        parts = (self.sampled_heads(part) for part in (selection.spans, selection.units, selection.count))
-        return Selection(*parts, selection.unit_tokens)
+        buffers = selection.spans, selection.units, selection.count
+        spans, units, count = (self.sampled_heads(buffer) for buffer in buffers)
+        return Selection(spans, units, count, selection.unit_tokens)

@@ -72,13 +72,16 @@ def _entry(point: Point, name: str, outcome: Outcome) -> Entry:
 
 def compare(run: Sequence[Entry]) -> None:
     """Hold every entry against the fastest copy of the run and the fastest baseline of its point."""
-    timed = [entry for entry in run if entry.microseconds]
-    copies = [entry for entry in timed if entry.contender.startswith("copy")]
-    fastest = max((entry.gigabytes_per_second for entry in copies), default=None)
-    for entry in timed:
-        dense = [other.microseconds for other in timed if other.where == entry.where and other.contender in BASELINES]
-        entry.share_of_copy = entry.gigabytes_per_second / fastest if fastest else None
-        entry.speedup = min(dense) / entry.microseconds if dense and entry not in copies else None
+    timed = [(entry, entry.microseconds) for entry in run if entry.microseconds]
+    fastest = max((entry.gigabytes_per_second or 0 for entry, _ in timed if _is_copy(entry)), default=0)
+    for entry, own in timed:
+        dense = [taken for other, taken in timed if other.where == entry.where and other.contender in BASELINES]
+        entry.share_of_copy = (entry.gigabytes_per_second or 0) / fastest if fastest else None
+        entry.speedup = min(dense) / own if dense and not _is_copy(entry) else None
+
+
+def _is_copy(entry: Entry) -> bool:
+    return entry.contender.startswith("copy")
 
 
 def report(run: Sequence[Entry]) -> str:

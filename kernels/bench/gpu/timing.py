@@ -68,7 +68,8 @@ class Gpu:
         replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3
 
 
 def measure(builders: Builders, layers: int, device: Device, rounds: int) -> dict[str, Outcome]:

@@ -84,7 +84,7 @@ class Training:
         losses = torch.zeros(())
         for name in names:
             loss = self._loss(self._chunks.load("train", name)).sum() / DOCUMENTS
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             losses = losses + loss.detach().cpu()
         self._optimiser.step()
         return losses

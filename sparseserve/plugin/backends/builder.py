@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from sparseserve.config import WORKERS
 from sparseserve.errors import Problem, UnsupportedError
@@ -36,8 +39,13 @@ class Batch:
         meter.count_rows(self.split, 0 if self.rows is None else self.rows.asked(self.split.asked))
 
 
-class SparseBuilder:
+Metadata = Any  # what layers take of a builder: each backend has a class of its own, and a GroupedStep beside it
+
+
+class SparseBuilder(AttentionMetadataBuilder[Metadata]):
     """Comes before vLLM's own class among the bases."""
+
+    kv_cache_spec: AttentionSpec
 
     _policy: Policy | None = None
     _requests: ServedRequests | None = None
@@ -52,6 +60,16 @@ class SparseBuilder:
         if self._requests is not None:
             self._requests.policy = policy
 
+    @property
+    def policy(self) -> Policy:
+        """The policy that rows are under."""
+        assert self._policy is not None
+        return self._policy
+
+    @abstractmethod
+    def metadata(self, common: CommonAttentionMetadata, batch: Batch) -> Metadata:
+        """What the layers get of a batch; nothing is counted."""
+
     def _count(self, batch: Batch, meter: Meter) -> None:
         """Count a batch, unless nobody asked for it: vLLM warms up with such."""
         if self._requests is None or any(request is not None for request in batch.requests):
@@ -59,8 +77,7 @@ class SparseBuilder:
 
     def batch(self, common: CommonAttentionMetadata) -> Batch:
         """The rows of vLLM's metadata, and the way each takes."""
-        policy = self._policy
-        assert policy is not None
+        policy = self.policy
         requests = [None] * common.num_reqs if self._requests is None else self._requests.rows(common)
         rows = apart(requests, policy)
         if rows is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from sparseserve.decode.layer import decode_layer
 from sparseserve.decode.step import StepBuffers
 from sparseserve.decode.views import cpu_views
 from sparseserve.plugin.backends.builder import Batch, SparseBuilder, check_worker
-from sparseserve.plugin.backends.layers import SparseBackend, SparseImpl, bind_layers, extended
+from sparseserve.plugin.backends.layers import SparseBackend, SparseImpl, VllmLayer, bind_layers, extended, of_layer
 from sparseserve.plugin.backends.rows import take_rows, token_rows
 from sparseserve.plugin.head_memory.attention import GroupedStep, GroupedSteps
 from sparseserve.plugin.settings import head_shape, model_shape, policy_of
@@ -50,7 +50,7 @@ class SparseCPUBackend(SparseBackend, CPUAttentionBackend):
 class SparseCPUMetadata(CPUAttentionMetadata):
     """The parent's metadata of the batch's dense rows, beside the step of its sparse rows."""
 
-    positions: Tensor | None = None  # [T] int64, of all query tokens
+    positions: Tensor = field(kw_only=True)  # [T] int64, of all query tokens
     dense_tokens: Tensor | None = None  # [T] int64, None without dense rows
     sparse_tokens: Tensor | None = None  # [B] int64
     step: Step | None = None  # None: every row is the parent's
@@ -89,7 +89,7 @@ class SparseCPUBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
             self.reorder_batch_threshold = 1
             self._grouped = GroupedSteps(groups, policy, self._buffers, self._of_heads)
 
-    def build(
+    def build(  # type: ignore[override]  # a GroupedStep is for layers of ours
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata | GroupedStep:
         common = common_attn_metadata
@@ -113,6 +113,7 @@ class SparseCPUBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
         """What the layers get of a batch; nothing is counted."""
         if self._grouped is not None:
             return self._grouped.build(common)
+        assert common.positions is not None
         positions = common.positions[: common.num_actual_tokens]
         if not batch.split.sparse.shape[0]:
             parent = super().build(common_prefix_len, common, fast_build)
@@ -165,7 +166,7 @@ class SparseCPUBuilder(SparseBuilder, CPUAttentionMetadataBuilder):
         table = PageTable(common.block_table_tensor[rows], common.seq_lens[rows])
         own = None if row_budget is None else row_budget[rows]
         step = self._buffers.step(table, row_budget=own, measured=() if draw is None else draw.layers)
-        self._policy.prepare(step, self._model)
+        self.policy.prepare(step, self._model)
         return step
 
 
@@ -179,19 +180,20 @@ class SparseCPUImpl(SparseImpl, CPUAttentionBackendImpl):
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         if self.heads is not None:
-            self._write_groups(key, value, kv_cache, slot_mapping)
+            self._write_groups(self.heads, key, value, kv_cache, slot_mapping)
             return
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         if self.policy is not None and self._page_state:
             bound = self.bound(kv_cache)
-            metadata = get_forward_context().attn_metadata[layer.layer_name]
+            metadata = of_layer(get_forward_context().attn_metadata, layer)
+            assert isinstance(metadata, SparseCPUMetadata)
             tokens = metadata.positions.shape[0]
             new = NewTokens(slot_mapping[:tokens], metadata.positions)
             self.policy.update_pages(bound, new)
 
     def forward(
         self,
-        layer: torch.nn.Module,
+        layer: VllmLayer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -203,17 +205,16 @@ class SparseCPUImpl(SparseImpl, CPUAttentionBackendImpl):
     ) -> Tensor:
         if isinstance(attn_metadata, GroupedStep):
             return self._forward_groups(layer, query, kv_cache, attn_metadata, output)
-        step = getattr(attn_metadata, "step", None)
-        if step is None:
+        if not isinstance(attn_metadata, SparseCPUMetadata) or attn_metadata.step is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
             )
-        sparse = attn_metadata.sparse_tokens
-        if attn_metadata.dense_tokens is None:
+        step, sparse, dense = attn_metadata.step, attn_metadata.sparse_tokens, attn_metadata.dense_tokens
+        assert sparse is not None
+        if dense is None:
             rows = slice(sparse.shape[0])
             decode_layer(self.bound(kv_cache), step, query[rows], output[rows])
         else:
-            dense = attn_metadata.dense_tokens
             dense_out = torch.empty_like(query[dense])
             super().forward(layer, query[dense], key, value, kv_cache, attn_metadata, dense_out)
             sparse_out = torch.empty_like(query[sparse])

@@ -7,11 +7,12 @@ builder runs before every replay, outside the graph: it writes the step's buffer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config.cache import CacheDType
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -23,14 +24,15 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadata,
     FlashAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from sparseserve.decode.layer import decode_layer
 from sparseserve.decode.step import StepBuffers
 from sparseserve.decode.views import cuda_views
 from sparseserve.errors import UnsupportedError
 from sparseserve.plugin.backends.builder import Batch, SparseBuilder, check_worker
-from sparseserve.plugin.backends.layers import SparseBackend, SparseImpl, bind_layers, extended
+from sparseserve.plugin.backends.layers import SparseBackend, SparseImpl, VllmLayer, bind_layers, extended, of_layer
 from sparseserve.plugin.backends.rows import decode_rows, real_rows, rows_from
 from sparseserve.plugin.backends.workspace import step_workspace
 from sparseserve.plugin.head_memory.attention import GroupedStep, GroupedSteps
@@ -51,7 +53,7 @@ from sparseserve.types import HeadShape, NewTokens, PageTable, Step, on_device
 class SparseCUDABackend(SparseBackend, FlashAttentionBackend):
     """CUSTOM: FLASH_ATTN, with the policy of `additional_config["sparseserve"]` on decode rows."""
 
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
 
     @staticmethod
     def get_name() -> str:
@@ -144,7 +146,7 @@ class SparseCUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
         if groups := bind_layers(config, self.kv_cache_spec, layers, mine, policy, model, self._meter, scratch):
             self._grouped = GroupedSteps(groups, policy, self._buffers, self._of_prompts)
 
-    def build(
+    def build(  # type: ignore[override]  # a GroupedStep is for layers of ours
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttentionMetadata | GroupedStep:
         common = common_attn_metadata
@@ -170,11 +172,11 @@ class SparseCUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
         """What the layers get of a batch; nothing is counted."""
         if self._grouped is not None:
             return self._grouped.build(common)
-        rows, any_long = decode_rows(common), bool(batch.split.sparse.shape[0])
-        # The runner may be about to replay a graph of decode rows, whatever is returned here.
-        step = self._step(common, rows, batch, draw) if any_long or rows == common.num_reqs else None
-        if any_long:
-            return self._metadata(common, step)
+        rows = decode_rows(common)
+        if batch.split.sparse.shape[0]:
+            return self._metadata(common, self._step(common, rows, batch, draw))
+        if rows == common.num_reqs:  # the runner may be about to replay a graph of decode rows, whatever is returned
+            self._step(common, rows, batch, draw)
         parent = super().build(common_prefix_len, common, fast_build)
         return extended(SparseCUDAMetadata, parent, positions=common.positions)
 
@@ -185,7 +187,8 @@ class SparseCUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
         if self._grouped is not None:
             return self._grouped.build(common)
         if self._policy is None or decode_rows(common) < common.num_reqs:
-            return super().build_for_cudagraph_capture(common)
+            parent: FlashAttentionMetadata = super().build_for_cudagraph_capture(common)
+            return parent
         return self._metadata(common, self._step(common, common.num_reqs, None, None))
 
     def _of_prompts(self, common: CommonAttentionMetadata, kv_heads: int) -> FlashAttentionMetadata:
@@ -199,6 +202,7 @@ class SparseCUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
     def _step(self, common: CommonAttentionMetadata, rows: int, batch: Batch | None, draw: Draw | None) -> Step:
         seq_lens = common.seq_lens[:rows]
         whole, row_budget = self._apart(seq_lens, None if batch is None else batch.rows)
+        assert common.is_prefilling is not None
         in_prompt = common.is_prefilling[:rows]  # runner V2 leaves out rows of padding
         if in_prompt.any():
             # A prompt's last chunk of one token runs as a decode: the answer must not depend on where chunks end.
@@ -206,13 +210,13 @@ class SparseCUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
         table = PageTable(common.block_table_tensor[:rows], seq_lens)
         measured = () if draw is None else draw.layers
         step = self._buffers.step(table, whole, row_budget, measured, launched=self._recall.layers)
-        self._policy.prepare(step, self._model)
+        self.policy.prepare(step, self._model)
         return step
 
     def _apart(self, seq_lens: Tensor, apart: RowOptions | None) -> tuple[Tensor, Tensor | None]:
         """Which rows [B] attend to everything, and what their budgets are."""
         if apart is None:
-            return seq_lens <= self._policy.dense_up_to, None
+            return seq_lens <= self.policy.dense_up_to, None
         numbers = torch.zeros(3, seq_lens.shape[0], dtype=torch.int32)
         real = min(len(apart.requests), numbers.shape[1])  # the others are padding
         for number, given in zip(numbers, (apart.dense_up_to, apart.dense, apart.row_budget), strict=True):
@@ -249,7 +253,7 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
         self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         if self.heads is not None:
-            self._write_groups(key, value, kv_cache, slot_mapping)
+            self._write_groups(self.heads, key, value, kv_cache, slot_mapping)
             return
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         if self.policy is None or not self._page_state:
@@ -257,14 +261,16 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
         metadata = get_forward_context().attn_metadata
         if metadata is None:  # vLLM warms up, without a token to keep
             return
-        positions = metadata[layer.layer_name].positions
+        mine = of_layer(metadata, layer)
+        assert isinstance(mine, SparseCUDAMetadata) and mine.positions is not None
+        positions = mine.positions
         tokens = min(positions.shape[0], slot_mapping.shape[0])  # either may go on with padding
         new = NewTokens(slot_mapping[:tokens], positions[:tokens])
         self.policy.update_pages(self.bound(kv_cache), new)
 
     def forward(
         self,
-        layer: torch.nn.Module,
+        layer: VllmLayer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -280,11 +286,10 @@ class SparseCUDAImpl(SparseImpl, FlashAttentionImpl):
             step_workspace(self._config, self.backend.policy, heads, query.device)
         if isinstance(attn_metadata, GroupedStep):
             return self._forward_groups(layer, query, kv_cache, attn_metadata, output)
-        step = getattr(attn_metadata, "step", None)
-        if step is None:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
+        if not isinstance(attn_metadata, SparseCUDAMetadata) or attn_metadata.step is None:
+            parent: Any = attn_metadata  # vLLM takes None, and does not say so
+            return super().forward(layer, query, key, value, kv_cache, parent, output, output_scale, output_block_scale)
+        step = attn_metadata.step
         rows = step.table.seq_lens.shape[0]
         decode_layer(self.bound(kv_cache), step, query[:rows], output[:rows])
         if self._meter is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadata
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from sparseserve import ops
 from sparseserve.decode.layer import decode_layer
@@ -31,6 +32,15 @@ from sparseserve.plugin.watch.meter import Meter
 from sparseserve.policies import Policy
 from sparseserve.policies.base import SparseLayer
 from sparseserve.types import LayerPlan, PagedKV, PageState
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+    from sparseserve.plugin.backends.cpu import SparseCPUImpl
+    from sparseserve.plugin.backends.cuda import SparseCUDAImpl
+
+M = TypeVar("M")
+VllmLayer = Any  # an Attention, which is neither of the types that vLLM's backends give it
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what its own loggers say
 
@@ -50,22 +60,26 @@ class SparseBackend(AttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """Pages as runs of slots need all layers of a page side by side."""
-        return super().supported_kv_cache_layouts() if cls.groups is None else (KVCacheLayout.BLHNC,)
+        if cls.groups is not None:
+            return (KVCacheLayout.BLHNC,)
+        layouts = super().supported_kv_cache_layouts()
+        assert layouts is not None
+        return layouts
 
 
-class SparseImpl:
+class SparseImpl(AttentionImpl[Any]):  # Any: of metadata, each backend has its own
     """One layer; comes before vLLM's own class among the bases."""
 
     backend: ClassVar[type[SparseBackend]]  # which vLLM's spec is made with
-    views: ClassVar[Callable[[Tensor], PagedKV]]  # of the cache
+    views: ClassVar[staticmethod[[Tensor], PagedKV]]  # of the cache
 
     policy: Policy | None = None
     _layer: SparseLayer | None = None
     _cache: int | None = None  # where the layer's cache was when it was bound
     heads: GroupedHeads | None = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # whatever vLLM's own class takes
+        super().__init__(*args, **kwargs)  # type: ignore[safe-super]  # vLLM's own class is between
         self._config = get_current_vllm_config()
         self.backend.policy, self.backend.groups = policy_of(self._config), None
 
@@ -97,6 +111,7 @@ class SparseImpl:
 
     def bound(self, kv_cache: Tensor) -> SparseLayer:
         """The layer over its part of the cache."""
+        assert self.policy is not None
         if self._layer is None or self._cache != kv_cache.data_ptr():
             self._cache = kv_cache.data_ptr()
             pages = kv_cache if self.heads is None else self.heads.groups.pages
@@ -106,17 +121,20 @@ class SparseImpl:
             self._layer = SparseLayer(self.policy, self._plan, kv, state, self.scale)
         return self._layer
 
-    def _write_groups(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    def _write_groups(
+        self, heads: GroupedHeads, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
         """Write keys and values [>= T, H, D] to the pages of their groups; `slot_mapping` [T] is the first group's."""
         if get_forward_context().attn_metadata is None:
             return  # vLLM warms up, without a token to keep
         tokens = slot_mapping.shape[0]
-        ops.write_tokens(key[:tokens], value[:tokens], self.heads.groups.slot_mappings, self.bound(kv_cache).kv)
+        ops.write_tokens(key[:tokens], value[:tokens], heads.groups.slot_mappings, self.bound(kv_cache).kv)
 
     def _forward_groups(
-        self, layer: torch.nn.Module, query: Tensor, kv_cache: Tensor, batch: GroupedStep, output: Tensor
+        self, layer: VllmLayer, query: Tensor, kv_cache: Tensor, batch: GroupedStep, output: Tensor
     ) -> Tensor:
         bound, heads = self.bound(kv_cache), self.heads
+        assert heads is not None
         if batch.decode is not None:
             decode_layer(bound, batch.decode, query[: batch.rows], output[: batch.rows])
             if self._meter is not None:
@@ -126,7 +144,8 @@ class SparseImpl:
             pages, metadata = heads.groups.pages[:, heads.full_slots], batch.vllm[len(mine.kv)]
             asked = query[tokens, mine.query]
             out = torch.empty_like(asked)
-            super().forward(layer, asked, None, None, pages, metadata, out)
+            # As above. Keys and values are read from the pages.
+            super().forward(layer, asked, None, None, pages, metadata, out)  # type: ignore[arg-type, safe-super]
             output[tokens, mine.query] = out
         if heads.windowed is not None:
             for prompt in batch.prompts:
@@ -144,7 +163,7 @@ def group_heads(config: VllmConfig, policy: Policy) -> HeadGroups | None:
     storage = store_heads(policy, model)
     if storage.windows == (None,):
         return None
-    rows, device = config.scheduler_config.max_num_seqs, torch.device(config.device_config.device)
+    rows, device = config.scheduler_config.max_num_seqs, device_of(config)
     tokens = config.scheduler_config.max_num_batched_tokens
     groups = HeadGroups(storage, model, layer.kv_cache_torch_dtype, rows, tokens, device)
     groups.register(config)
@@ -165,16 +184,37 @@ def bind_layers(
 
     Returns the groups of the heads, if they have any; `scratch` is where blocks meet in their prompts, on CUDA.
     """
-    groups = next(iter(layers.values())).impl.backend.groups
-    memory = memory_of(policy, plans, model, spec.dtype.itemsize, groups and groups.storage)
+    groups = impl_of(next(iter(layers.values()))).backend.groups
+    memory = memory_of(policy, plans, model, spec.dtype.itemsize, groups.storage if groups else None)
     meter.set_memory(memory, model.max_len)
     _log_capacity(memory, config.cache_config.num_gpu_blocks, model.max_len)
     kept = policy.page_state(model.heads, spec.block_size)
     for (name, layer), plan in zip(layers.items(), plans, strict=True):
-        check_attention(name, layer.impl)
+        impl = impl_of(layer)
+        check_attention(name, impl)
         heads = GroupedHeads(groups, plan.layer, scratch) if groups else None
-        layer.impl.bind(policy, plan, kept, meter if plan is plans[-1] else None, heads)
+        impl.bind(policy, plan, kept, meter if plan is plans[-1] else None, heads)
     return groups
+
+
+def impl_of(layer: Attention) -> SparseCPUImpl | SparseCUDAImpl:
+    """A layer's attention, where the backend is ours."""
+    return cast("SparseCPUImpl | SparseCUDAImpl", layer.impl)  # vLLM makes it by our get_impl_cls
+
+
+def of_layer(
+    metadata: dict[str, AttentionMetadata] | list[dict[str, AttentionMetadata]], layer: torch.nn.Module
+) -> AttentionMetadata:
+    """A layer's metadata among that of all layers; a list would be of micro-batches, which no backend of ours takes."""
+    assert isinstance(metadata, dict) and isinstance(layer, Attention)
+    return metadata[layer.layer_name]
+
+
+def device_of(config: VllmConfig) -> torch.device:
+    """The worker's device."""
+    device = config.device_config.device
+    assert isinstance(device, torch.device)
+    return device
 
 
 def _log_capacity(memory: Memory, blocks: int | None, longest: int) -> None:
@@ -187,6 +227,6 @@ def _log_capacity(memory: Memory, blocks: int | None, longest: int) -> None:
         )
 
 
-def extended(metadata: type, parent: object, **sparse: object) -> Any:
+def extended(metadata: Callable[..., M], parent: DataclassInstance, **sparse: object) -> M:
     """vLLM's metadata as our subclass of it, with our fields."""
     return metadata(**{field.name: getattr(parent, field.name) for field in fields(parent)}, **sparse)

@@ -62,6 +62,8 @@ def real_rows(common: CommonAttentionMetadata) -> CommonAttentionMetadata:
 
 def rows_from(common: CommonAttentionMetadata, first: int) -> CommonAttentionMetadata:
     """The metadata of the rows from `first` on, which have one query token each before them; nothing is gathered."""
+    assert common.positions is not None and common.is_prefilling is not None
+    assert common.seq_lens_cpu_upper_bound is not None
     return replace(
         common,
         query_start_loc=common.query_start_loc[first:] - first,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ class GroupedStep:
     rows: int  # that decode
     decode: Step | None
     prompts: tuple[Prompt, ...]
-    vllm: Mapping[int, Any]  # number of KV heads that keep everything -> vLLM's metadata of the prompts
+    vllm: Mapping[int, object]  # number of KV heads that keep everything -> vLLM's metadata of the prompts
 
 
 class GroupedSteps:
@@ -57,7 +56,7 @@ class GroupedSteps:
         groups: HeadGroups,
         policy: Policy,
         buffers: StepBuffers,
-        metadata: Callable[[CommonAttentionMetadata, int], Any],
+        metadata: Callable[[CommonAttentionMetadata, int], object],
     ) -> None:
         self._groups, self._policy, self._buffers, self._metadata = groups, policy, buffers, metadata
         storage = groups.storage
@@ -86,6 +85,7 @@ class GroupedSteps:
         )
 
     def _prompts(self, common: CommonAttentionMetadata, rows: int) -> Iterator[Prompt]:
+        assert common.positions is not None
         for row in range(rows, common.num_reqs):
             begin, end = common.query_start_loc_cpu[row : row + 2].tolist()
             lengths = (common.positions[begin:end] + 1).to(torch.int32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
-    AttentionImpl,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
@@ -81,7 +80,7 @@ class HeadGroups:
             **self._window(number),
         )
 
-    def _window(self, number: int) -> dict[str, Any]:
+    def _window(self, number: int) -> dict[str, Any]:  # of its fields
         """What sets the spec of a group with a window apart."""
         window, size = self.storage.windows[number], self.model.page_size
         assert window is not None
@@ -137,7 +136,7 @@ class GroupBackend(AttentionBackend):
         return True
 
     @staticmethod
-    def get_impl_cls() -> type[AttentionImpl]:
+    def get_impl_cls() -> NoReturn:
         raise AssertionError("a group of heads has no attention of its own")
 
     @staticmethod

@@ -153,7 +153,8 @@ class CudaRecall(Recall):
     def _here(self, event: torch.cuda.Event) -> bool:
         if self._policy.recall_sample == 1:
             event.synchronize()
-        return event.query()
+        done: bool = event.query()
+        return done
 
 
 def _is_number(value: float) -> bool:

@@ -6,9 +6,9 @@ vLLM's attention metadata knows rows, not requests: which request a row belongs 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ from sparseserve.plugin.watch.metrics import IGNORED_OPTIONS
 from sparseserve.policies import Policy
 from sparseserve.request_options import RequestOptions, read_options
 from sparseserve.types import POLICY_BUDGET
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner as RunnerV1
 
 logger = init_logger(f"vllm.{__name__}")
 ASKED = "request"
@@ -68,7 +72,7 @@ class RowOptions:
 class ServedRequests:
     """The requests of one worker by vLLM's id."""
 
-    def __init__(self, policy: Policy, runner: Any) -> None:
+    def __init__(self, policy: Policy, runner: RunnerV1 | RunnerV2) -> None:
         self.policy = policy
         self._runner = runner
         self._running: dict[str, ServedRequest] = {}
@@ -86,7 +90,7 @@ class ServedRequests:
                 params = new.sampling_params
                 self._running[new.req_id] = ServedRequest.of(self._options(params and params.extra_args or {}))
 
-    def _options(self, xargs: dict[str, Any]) -> RequestOptions:
+    def _options(self, xargs: Mapping[str, object]) -> RequestOptions:
         try:
             return read_options(xargs, self.policy)
         except ConfigError as error:  # the API server refuses them; this one came another way
@@ -102,12 +106,13 @@ class ServedRequests:
 
     def _names(self, common: CommonAttentionMetadata) -> list[str]:
         if common.req_idx is None:
-            batch = getattr(self._runner, "input_batch", None)  # of runner V1; V2 names its rows by req_idx
-            return [] if batch is None else batch.req_ids
-        names: dict[int, str] = self._runner.req_states.index_to_req_id
+            # Of runner V1; V2 names its rows by req_idx.
+            return self._runner.input_batch.req_ids if hasattr(self._runner, "input_batch") else []
+        assert hasattr(self._runner, "req_states")
+        names = self._runner.req_states.index_to_req_id
         return [names.get(int(index), "") for index in common.req_idx]
 
-    def outcome(self, part: str) -> dict[str, Any] | None:
+    def outcome(self, part: str) -> dict[str, object] | None:
         """What became of the requests whose id has `part` between dashes, several prompts of one call together."""
         names = [name for name in (*self._running, *self._ended) if part in name and f"-{part}-" in f"-{name}-"]
         found = [self._running.get(name) or self._ended.pop(name) for name in names]

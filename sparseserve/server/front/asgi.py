@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
+from pydantic import BaseModel
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 from vllm.entrypoints.anthropic.protocol import AnthropicError, AnthropicErrorResponse
@@ -54,7 +55,8 @@ def error(
 ) -> JSONResponse:
     """An error as vLLM words it, which stock clients raise with our message."""
     kind = "BadRequestError" if status is HTTPStatus.BAD_REQUEST else status.phrase
-    answer = create_error_response(message, kind, status, param)
+    stock = create_error_response(message, kind, status, param)
+    answer: BaseModel = stock
     if path_of(scope).startswith(ANTHROPIC):
-        answer = AnthropicErrorResponse(error=AnthropicError(type=answer.error.type, message=answer.error.message))
+        answer = AnthropicErrorResponse(error=AnthropicError(type=stock.error.type, message=stock.error.message))
     return JSONResponse(answer.model_dump(), status, headers)

@@ -30,6 +30,11 @@ def model_shape(config: VllmConfig) -> ModelShape:
     return settings.model_shape(config, _head_shape(config))
 
 
+def model_dtype(config: VllmConfig) -> torch.dtype:
+    """Of the numbers in the cache, too: no other is supported."""
+    return cast("torch.dtype", config.model_config.dtype)  # a name only until vLLM has read the model
+
+
 def check_supported(config: VllmConfig, policy: Policy) -> None:
     """Raise UnsupportedError with everything that stands in the way of `policy`."""
     # Heads and pages of a model without ordinary attention mean nothing.
@@ -142,7 +147,4 @@ def _isa(config: VllmConfig) -> str:
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     model, cache = config.model_config, config.cache_config
-    isa: str = _get_attn_isa(
-        cast("torch.dtype", model.dtype), cache.block_size, model.get_head_size(), cache.cache_dtype
-    )
-    return isa
+    return _get_attn_isa(model_dtype(config), cache.block_size, model.get_head_size(), cache.cache_dtype)

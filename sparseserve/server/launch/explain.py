@@ -11,7 +11,7 @@ from sparseserve.footprint.reads import StepCost, step_cost, token_bytes
 from sparseserve.footprint.stores import Memory, Stored, emptiest_rank, needed_bytes, predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
-from sparseserve.server.launch.checks import check_supported, model_shape, plan_layers
+from sparseserve.server.launch.checks import check_supported, model_dtype, model_shape, plan_layers
 from sparseserve.server.launch.serve import engine_config, parse, platform_flags, vllm_errors
 
 LENGTHS = (4096, 32768, 131072)  # tokens, as far as the model goes
@@ -58,7 +58,7 @@ def explain(source: PolicySource, argv: list[str], lengths: Sequence[int]) -> Ex
         plans = plan_layers(config, policy, model)
     except ConfigError as error:
         raise source.locate(error, args.model) from None
-    element_bytes = config.model_config.dtype.itemsize
+    element_bytes = model_dtype(config).itemsize
     rank = emptiest_rank(policy, model, element_bytes)
     own = policy.plans(rank)
     memory = predict_memory(policy, own, rank, element_bytes)

@@ -252,6 +252,8 @@ def command_line(argv: list[str]) -> str:
 
 def describe(config: VllmConfig, policy: Policy, plans: Sequence[LayerPlan], model: ModelShape) -> str:
     """What the policy will do, in one line."""
+    from sparseserve.server.launch.checks import model_dtype
+
     length = config.model_config.max_model_len
     roles = {role: [plan.layer for plan in plans if plan.role is role] for role in Role}
     attended = sum(policy.expected_tokens(plan, length) for plan in plans)
@@ -262,7 +264,7 @@ def describe(config: VllmConfig, policy: Policy, plans: Sequence[LayerPlan], mod
         f"backend {backend}",
         f"runner {'V2' if config.use_v2_model_runner else 'V1'}",
         f"attends to {attended / (length * len(plans)):.1%} of the KV cache per step at {length} tokens",
-        _stored(policy, model, config.model_config.dtype.itemsize),
+        _stored(policy, model, model_dtype(config).itemsize),
     ]
     return "sparseserve: " + "; ".join(parts)
 

@@ -12,7 +12,7 @@ from sparseserve.footprint.reads import step_cost
 from sparseserve.footprint.stores import predict_memory
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
-from sparseserve.server.launch.checks import model_shape, plan_layers
+from sparseserve.server.launch.checks import model_dtype, model_shape, plan_layers
 from sparseserve.types import LayerPlan
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Planner:
         self._policy = policy
         self._ranks = [(shape, plan_layers(config, policy, shape)) for shape in shapes]
         self._kv_heads = config.model_config.get_total_num_kv_heads()
-        self._bytes = config.model_config.dtype.itemsize
+        self._bytes = model_dtype(config).itemsize
         self._memories = [predict_memory(policy, plans, shape, self._bytes) for shape, plans in self._ranks]
         self.max_length = first.max_len
 

@@ -21,7 +21,8 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheTensor, create_kv_cache_views
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheTensor, create_kv_cache_views
+from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.gpu.attn_utils import (
     build_attn_metadata,
     build_slot_mappings_by_layer,
@@ -37,7 +38,8 @@ from sparseserve.decode.step import StepWorkspace
 from sparseserve.model import ModelShape
 from sparseserve.plugin.backends import cuda as backend_cuda
 from sparseserve.plugin.backends import layers
-from sparseserve.plugin.backends.cuda import SparseCUDABackend, SparseCUDABuilder
+from sparseserve.plugin.backends.cuda import SparseCUDABackend, SparseCUDABuilder, SparseCUDAImpl
+from sparseserve.plugin.backends.layers import impl_of
 from sparseserve.plugin.watch import meter
 from sparseserve.plugin.watch.meter import CudaMeter
 from sparseserve.plugin.watch.recall import CudaRecall
@@ -87,8 +89,8 @@ def without_values(patch: pytest.MonkeyPatch) -> None:
 
 def only_resource() -> StepWorkspace:
     """What the worker's workspace manager holds; vLLM has no public way to ask it for all."""
-    memory: StepWorkspace
     (memory,) = current_workspace_manager()._persistent_resources[0].values()
+    assert isinstance(memory, StepWorkspace)
     return memory
 
 
@@ -133,8 +135,9 @@ def attention_layers(config: VllmConfig, policy: Policy) -> list[Attention]:
     ours: dict[str, Any] = {"cache_config": config.cache_config, "attn_backend": SparseCUDABackend}
     with set_current_vllm_config(config):
         built = [Attention(*heads, prefix=name, **ours) for name in names]
-    for layer in built:
-        layer.impl.vllm_flash_attn_version = 3
+    for impl in map(impl_of, built):
+        assert isinstance(impl, SparseCUDAImpl)
+        impl.vllm_flash_attn_version = 3
     return built
 
 
@@ -162,13 +165,13 @@ class Worker:
         module = self.layers[layer]
         context = SimpleNamespace(attn_metadata={module.layer_name: metadata})
         self.patch.setattr(backend_cuda, "get_forward_context", lambda: context)
-        module.impl.do_kv_cache_update(module, key, value, self.caches[layer], slots)
+        impl_of(module).do_kv_cache_update(module, key, value, self.caches[layer], slots)
 
     def forward(self, layer: int, metadata: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of `query` [T, Hq, D]; memory for the output is full of NaN."""
         module = self.layers[layer]
         out = torch.full_like(query, torch.nan)
-        attended: Tensor = module.impl.forward(module, query, key, value, self.caches[layer], metadata, out)
+        attended: Tensor = impl_of(module).forward(module, query, key, value, self.caches[layer], metadata, out)
         return attended
 
 
@@ -230,16 +233,16 @@ class GroupedWorker:
     def write(self, slots: dict[str, Tensor], key: Tensor, value: Tensor) -> None:
         """Write key and value [L, T, H, D] and attend to nothing."""
         with override_forward_context(ForwardContext(self.context, {}, slots)):
-            for layer, *new in zip(self.layers, key, value, strict=True):
-                layer.impl.do_kv_cache_update(layer, *new, layer.kv_cache, slots[layer.layer_name])
+            for layer, k, v in zip(self.layers, key, value, strict=True):
+                impl_of(layer).do_kv_cache_update(layer, k, v, layer.kv_cache, slots[layer.layer_name])
 
     def run(self, metadata: Any, slots: dict[str, Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One pass of query [L, T, Hq, D], key and value [L, T, H, D]; memory for the output is full of NaN."""
         output = torch.full_like(query, torch.nan)
         with override_forward_context(ForwardContext(self.context, metadata, slots)):
-            for layer, mine, *new, out in zip(self.layers, query, key, value, output, strict=True):
-                unified_kv_cache_update(*new, layer.layer_name)
-                unified_attention_with_output(mine, *new, out, layer.layer_name)
+            for layer, mine, k, v, out in zip(self.layers, query, key, value, output, strict=True):
+                unified_kv_cache_update(k, v, layer.layer_name)
+                unified_attention_with_output(mine, k, v, out, layer.layer_name)
         return output
 
     def spoil(self, row: int, length: int) -> None:

@@ -42,5 +42,7 @@ class Engine:
 
     def metric(self, name: str) -> float:
         """The sum of a vLLM metric."""
-        value: Any = sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
-        return float(value)
+        from vllm.v1.metrics.reader import Counter, Gauge
+
+        found = (metric for metric in self.llm.get_metrics() if metric.name == name)
+        return float(sum(metric.value for metric in found if isinstance(metric, Counter | Gauge)))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import FastAPI, Request
 from starlette.datastructures import State
@@ -18,6 +18,9 @@ from starlette.testclient import TestClient
 from sparseserve.server.front.asgi import INFERENCE
 from sparseserve.server.front.endpoint import FrontEndpoint
 from sparseserve.server.front.options import PLACES
+
+if TYPE_CHECKING:
+    from vllm.engine.protocol import EngineClient
 
 Outcome = dict[str, Any]
 PATHS = sorted({*INFERENCE, *PLACES, "/tokenize", "/v1/messages/count_tokens"})
@@ -94,7 +97,7 @@ def make_front(
     models = SimpleNamespace(base_model_paths=[SimpleNamespace(name=name) for name in served], lora_requests={})
     state = State({"openai_serving_models": models})
     with suppress(StopIteration):  # it waits for nothing
-        plugin.init_state(engine, state, args).send(None)
+        plugin.init_state(cast("EngineClient", engine), state, args).send(None)  # it asks for nothing else
     return made
 
 

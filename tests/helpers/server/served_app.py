@@ -130,7 +130,7 @@ def served(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_PLUGINS", ",".join(plugins))
         patch.setenv(environment.PAGE, page)
-        app = build_app(args, tasks, engine and engine.vllm_config.model_config)
+        app = build_app(args, tasks, None if engine is None else engine.vllm_config.model_config)
     for plugin in app.state.endpoint_plugins:
         asyncio.run(plugin.init_state(engine, app.state, args))
     yield app
