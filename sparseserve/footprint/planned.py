@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sparseserve.footprint.groups import RankPlans, plan_ranks
+from sparseserve.footprint.groups import RankPlans, plan_ranks, store_planned
 from sparseserve.footprint.reads import StepCost, step_cost
-from sparseserve.footprint.stores import Memory, Stored, needed_bytes, predict_memory
+from sparseserve.footprint.stores import Memory, Stored, memory_of, needed_bytes
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
 
@@ -46,7 +46,10 @@ class PlannedModel:
 
     def memory(self, rank: int) -> Memory:
         """The pages that serving gives a rank."""
-        return predict_memory(self.policy, self.plans, self.shapes[rank], self.element_bytes)
+        shape, frees = self.shapes[rank], self.policy.frees_pages
+        storage = store_planned(self.policy, self.plans, shape) if frees else None
+        groups = None if storage is None or storage.windows == (None,) else storage
+        return memory_of(self.policy, self.plans[rank], shape, self.element_bytes, groups)
 
     def stored(self, lengths: Sequence[int]) -> tuple[Memory, tuple[RowMemory, ...]]:
         """The pages of the rank with most empty slots, and what rows of `lengths` tokens store in them."""

@@ -9,7 +9,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from sparseserve.footprint.groups import EPSILON, HeadWindow, RankPlans, Storage, head_windows, store_planned
+from sparseserve.footprint.groups import EPSILON, HeadWindow, Storage, head_windows
 from sparseserve.footprint.reads import token_bytes
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
@@ -110,13 +110,6 @@ def memory_of(
         )
     ]
     return Memory(tuple(groups), size, storage.slots, page_bytes, 0, dense)
-
-
-def predict_memory(policy: Policy, plans: RankPlans, model: ModelShape, element_bytes: int) -> Memory:
-    """The pages that serving the policy, whose ranks have these plans, gives this rank of the model."""
-    storage = store_planned(policy, plans, model) if policy.frees_pages else None
-    groups = None if storage is None or storage.windows == (None,) else storage
-    return memory_of(policy, plans[model.rank], model, element_bytes, groups)
 
 
 def needed_bytes(policy: Policy, plans: Sequence[LayerPlan], model: ModelShape, element_bytes: int, length: int) -> int:

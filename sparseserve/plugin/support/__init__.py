@@ -1,1 +1,1 @@
-"""What a policy cannot be combined with: of vLLM's flags, models, machines and other policies' needs, all of it."""
+"""Everything that a policy cannot be combined with: flags, models, machines."""

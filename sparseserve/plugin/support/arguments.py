@@ -52,7 +52,7 @@ def _worker(asked: Arguments) -> object:
 
 
 def _one_api_server(asked: Arguments) -> object:
-    return asked.engines > 1 and asked.args.api_server_count == 1
+    return asked.engines > 1 and asked.args.api_server_count == 1 and 1
 
 
 def _backend(asked: Arguments) -> object:
@@ -62,36 +62,36 @@ def _backend(asked: Arguments) -> object:
     return next((name for name in names if name not in (None, OUR_BACKEND)), None)
 
 
-ARGUMENTS = (
-    Refusal[Arguments](
+ARGUMENTS: tuple[Refusal[Arguments], ...] = (
+    Refusal(
         "the gRPC server",
         "--grpc",
         lambda asked: asked.args.grpc,
         "off: the gRPC server knows no keys, no limits, no options of requests and no metrics of ours",
         "drop --grpc",
     ),
-    Refusal[Arguments](
+    Refusal(
         "one API server before several engines",
         "--api-server-count",
         _one_api_server,
         "2 or more with --data-parallel-size {engines}: one shows the first engine's metrics",
         "drop it: vLLM starts an API server for every engine",
     ),
-    Refusal[Arguments](
-        "settings of ours that the launcher did not write",
+    Refusal(
+        "settings of a policy beside --policy",
         f"--additional-config {ADDITIONAL_CONFIG}",
         _settings,
         "none: the policy sets it",
         "give --policy and --set in its place",
     ),
-    Refusal[Arguments](
+    Refusal(
         "another worker",
         "--worker-cls",
         _worker,
         "none: a policy needs {worker}",
         "drop the flag; --worker-extension-cls adds methods to it",
     ),
-    Refusal[Arguments](
+    Refusal(
         "another attention backend",
         "attention backend",
         _backend,
@@ -100,8 +100,8 @@ ARGUMENTS = (
         platform="cuda",
     ),
 )
-STARTED = (
-    Refusal[Started](
+STARTED: tuple[Refusal[Started], ...] = (
+    Refusal(
         "vLLM's own worker under our settings",
         "--worker-cls",
         lambda started: started.worker not in WORKERS.values() and started.worker,

@@ -137,48 +137,48 @@ def one_of(names: Sequence[object]) -> str:
     return f"one of {', '.join(map(str, names))}"
 
 
-FLAGS = (
-    Refusal[Served]("heads of other sizes", "head size", _cpu_head_size, one_of(HEAD_SIZES), USE_VLLM, platform="cpu"),
-    Refusal[Served]("layers with unlike heads", "model", _unlike_layers, "the same heads in every layer", USE_VLLM),
-    Refusal[Served](
+FLAGS: tuple[Refusal[Served], ...] = (
+    Refusal("heads of other sizes", "head size", _cpu_head_size, one_of(HEAD_SIZES), USE_VLLM, platform="cpu"),
+    Refusal("layers with unlike heads", "model", _unlike_layers, "the same heads in every layer", USE_VLLM),
+    Refusal(
         "speculative decoding", "--speculative-config", _speculation, NEVER, "drop --speculative-config", where="both"
     ),
-    Refusal[Served](
+    Refusal(
         "KV connectors",
         "--kv-transfer-config",
         _connector,
         NEVER,
         "drop --kv-transfer-config",
     ),
-    Refusal[Served](
+    Refusal(
         "KV offloading",
         "--kv-offloading-size",
         _offloading,
         NEVER,
         "drop --kv-offloading-size",
     ),
-    Refusal[Served](
+    Refusal(
         "context parallelism in decode",
         "--decode-context-parallel-size",
         _decode_contexts,
         NEVER,
         "drop --decode-context-parallel-size",
     ),
-    Refusal[Served](
+    Refusal(
         "context parallelism in prompts",
         "--prefill-context-parallel-size",
         _prefill_contexts,
         NEVER,
         "drop --prefill-context-parallel-size",
     ),
-    Refusal[Served](
+    Refusal(
         "other platforms",
         "platform",
         _other_platform,
         "cpu or cuda",
         "install sparseserve[cpu] or sparseserve[cuda]",
     ),
-    Refusal[Served](
+    Refusal(
         "the Rust front end",
         "VLLM_USE_RUST_FRONTEND",
         _rust_frontend,
@@ -186,22 +186,22 @@ FLAGS = (
         "unset VLLM_USE_RUST_FRONTEND",
     ),
 )
-CACHE = (
-    Refusal[Served](
+CACHE: tuple[Refusal[Served], ...] = (
+    Refusal(
         "contexts in which the policy never acts",
         "--max-model-len",
         _short_context,
         "more than {dense_up_to}: up to there {policy} attends to everything",
         "give longer contexts, or set min_tokens and the budget lower",
     ),
-    Refusal[Served](
+    Refusal(
         "a KV cache of another dtype, such as fp8",
         "--kv-cache-dtype",
         _cache_dtype,
         "auto or {dtype}",
         "give --kv-cache-dtype {dtype}",
     ),
-    Refusal[Served](
+    Refusal(
         "pages that split units",
         "--block-size",
         _split_units,
@@ -209,7 +209,7 @@ CACHE = (
         "give --block-size {whole_units}",
         where="both",
     ),
-    Refusal[Served](
+    Refusal(
         "CPUs other than x86-64",
         "CPU attention ISA",
         _cpu_isa,
@@ -218,8 +218,8 @@ CACHE = (
         platform="cpu",
     ),
 )
-PLANS = (
-    Refusal[Planned](
+PLANS: tuple[Refusal[Planned], ...] = (
+    Refusal(
         "reuse across pipeline stages",
         "--pipeline-parallel-size",
         _reuse_of_other_stages,

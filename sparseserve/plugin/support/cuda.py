@@ -40,8 +40,8 @@ def _captured_updates(served: Served) -> object:
     return vllm_version.captures_cache_updates(served.config) and "without vllm::unified_kv_cache_update"
 
 
-CUDA = (
-    Refusal[Served](
+CUDA: tuple[Refusal[Served], ...] = (
+    Refusal(
         "fp32",
         "--dtype",
         _cuda_dtype,
@@ -50,7 +50,7 @@ CUDA = (
         where="both",
         platform="cuda",
     ),
-    Refusal[Served](
+    Refusal(
         "heads of other sizes on CUDA",
         "head size",
         _cuda_head_size,
@@ -59,7 +59,7 @@ CUDA = (
         where="both",
         platform="cuda",
     ),
-    Refusal[Served](
+    Refusal(
         "many query heads that share a KV head",
         "query heads of a KV head",
         _cuda_group,
@@ -68,7 +68,7 @@ CUDA = (
         where="both",
         platform="cuda",
     ),
-    Refusal[Served](
+    Refusal(
         "units that CUDA cannot halve",
         "tokens of a unit",
         _odd_units,
@@ -77,7 +77,7 @@ CUDA = (
         where="both",
         platform="cuda",
     ),
-    Refusal[Served](
+    Refusal(
         "policies that wait for the host",
         "{switch}",
         _waiting,
@@ -86,7 +86,7 @@ CUDA = (
         where="both",
         platform="cuda",
     ),
-    Refusal[Served](
+    Refusal(
         "dual batch overlap",
         "--enable-dbo",
         _microbatches,
@@ -95,7 +95,7 @@ CUDA = (
         where="both",
         platform="cuda",
     ),
-    Refusal[Served](
+    Refusal(
         "graphs that write keys and values",
         "--compilation-config.splitting_ops",
         _captured_updates,

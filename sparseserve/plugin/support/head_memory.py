@@ -34,8 +34,8 @@ def _poison(served: Served) -> object:
     return served.policy.frees_pages and poison.ENABLED and vllm_version.engine_apart() and 1
 
 
-HEAD_MEMORY = (
-    Refusal[Served](
+HEAD_MEMORY: tuple[Refusal[Served], ...] = (
+    Refusal(
         "pipeline parallelism with memory of heads",
         "--pipeline-parallel-size",
         _stages_of_heads,
@@ -43,7 +43,7 @@ HEAD_MEMORY = (
         f"drop it, or {SHARED}",
         where="both",
     ),
-    Refusal[Served](
+    Refusal(
         "one kind of pages with memory of heads",
         "--disable-hybrid-kv-cache-manager",
         _one_kind_of_pages,
@@ -51,7 +51,7 @@ HEAD_MEMORY = (
         f"drop it, or {SHARED}",
         where="both",
     ),
-    Refusal[Served](
+    Refusal(
         "prefixes that are thinned out with memory of heads",
         "--prefix-cache-retention-interval",
         _retention,
@@ -59,7 +59,7 @@ HEAD_MEMORY = (
         "drop it",
         where="both",
     ),
-    Refusal[Served](
+    Refusal(
         "other layouts with memory of heads",
         "VLLM_KV_CACHE_LAYOUT",
         _layout,
@@ -67,7 +67,7 @@ HEAD_MEMORY = (
         f"unset it, or {SHARED}",
         where="both",
     ),
-    Refusal[Served](
+    Refusal(
         "poison in another process",
         environment.POISON,
         _poison,

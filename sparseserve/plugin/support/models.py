@@ -104,35 +104,33 @@ def _partly_rotated(rotation: Rotation) -> object:
     return not plain and rotation.parameters
 
 
-MODELS = (
-    Refusal[Model](
-        "pooling models", "--runner", _not_generating, "generate: only decoding reads the KV cache", USE_VLLM
-    ),
-    Refusal[Model](
+MODELS: tuple[Refusal[Model], ...] = (
+    Refusal("pooling models", "--runner", _not_generating, "generate: only decoding reads the KV cache", USE_VLLM),
+    Refusal(
         "MLA",
         "model",
         _latent,
         "attention with separate keys and values (MHA, GQA, MQA)",
         USE_VLLM,
     ),
-    Refusal[Model](
+    Refusal(
         "encoders, and layers without attention",
         "model",
         _not_decoding,
         "decoder-only attention in every layer",
         USE_VLLM,
     ),
-    Refusal[Model](
+    Refusal(
         "sliding windows and hybrid models",
         "model",
         _windowed,
         "full attention in every layer",
         "add --disable-sliding-window, which limits the context to the window",
     ),
-    Refusal[Model]("ALiBi, capped logits", "model", _biased, "plain softmax attention", USE_VLLM),
+    Refusal("ALiBi, capped logits", "model", _biased, "plain softmax attention", USE_VLLM),
 )
-LAYERS = (
-    Refusal[Layer](
+LAYERS: tuple[Refusal[Layer], ...] = (
+    Refusal(
         "layers whose attention is another than config.json says",
         "{layer}",
         _more_than_softmax,
@@ -141,8 +139,8 @@ LAYERS = (
         where="worker",
     ),
 )
-ROTATIONS = (
-    Refusal[Rotation](
+ROTATIONS: tuple[Refusal[Rotation], ...] = (
+    Refusal(
         "gates in a model without rotary embedding",
         "model",
         _unrotated,
@@ -150,7 +148,7 @@ ROTATIONS = (
         "take a policy without gates",
         where="both",
     ),
-    Refusal[Rotation](
+    Refusal(
         "gates under partial or interleaved rotations",
         "rope_parameters",
         _partly_rotated,

@@ -23,7 +23,8 @@ REFUSALS: tuple[Refusal[Any], ...] = (
     *HEAD_MEMORY,
     *PLANS,
 )
-HEAD = ("| feature | what is refused | remedy |", "|---|---|---|")
+HEAD = ("| feature | what is refused | expected in its place | remedy |", "|---|---|---|---|")
+ON = {"": "", "cpu": " on the CPU", "cuda": " on CUDA"}
 
 
 class _Gaps(dict[str, str]):
@@ -34,12 +35,11 @@ class _Gaps(dict[str, str]):
 
 
 def support_table() -> str:
-    """Every refusal as a row of a Markdown table."""
+    """Every refusal as a row of a Markdown table, what depends on the configuration in capitals."""
     return "\n".join([*HEAD, *map(_row, REFUSALS)]) + "\n"
 
 
 def _row(refusal: Refusal[Any]) -> str:
     texts = refusal.key, refusal.allowed or f"one of {', '.join(refusal.choices)}", refusal.remedy
     key, allowed, remedy = (text.format_map(_Gaps()) for text in texts)
-    on = {"": "", "cpu": " on the CPU", "cuda": " on CUDA"}[refusal.platform]
-    return f"| {refusal.feature} | `{key}`{on}; expected: {allowed} | {remedy} |"
+    return f"| {refusal.feature} | `{key}`{ON[refusal.platform]} | {allowed} | {remedy} |"
