@@ -7,7 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from deploy.markdown import table
-from sparseserve.footprint.stores import Memory, predict_memory
+from sparseserve.footprint.planned import plan_model
+from sparseserve.footprint.stores import Memory
 from sparseserve.model import ModelShape
 from sparseserve.policies import POLICIES
 from sparseserve.types import HeadShape
@@ -42,7 +43,7 @@ def _row(name: str, folder: Path) -> tuple[str, ...]:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(artifact))
     policy = cls() if artifact is None else cls.model_validate({"artifact": str(path)})
-    memory = predict_memory(policy, policy.plans(LLAMA_8B), LLAMA_8B, ELEMENT_BYTES)
+    memory = plan_model(policy, LLAMA_8B, ELEMENT_BYTES).memory(0)
     tokens = [str(round(2**30 * length / memory.row(length).bytes)) for length in LENGTHS.values()]
     return (*tokens, remark or _remark(memory))
 

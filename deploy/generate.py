@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from deploy.capacity import capacity
 from deploy.markdown import table
 from deploy.observability import dashboards
 from sparseserve.config import policy_file_schema
+from sparseserve.plugin.support.table import support_table
 from sparseserve.policies import POLICIES, Policy
 from sparseserve.policies.budget import ScorePolicy
 
@@ -57,7 +59,8 @@ def _by_name(refs: list[str]) -> dict[str, Any]:
 
 def readme(text: str) -> str:
     """The README with its tables of policies."""
-    return between_marks(between_marks(text, "policies", policies()), "choices", choices())
+    tables = {"policies": policies(), "choices": choices(), "support": support_table()}
+    return reduce(lambda text, name: between_marks(text, name, tables[name]), tables, text)
 
 
 def runbook(text: str) -> str:

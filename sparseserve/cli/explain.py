@@ -14,8 +14,9 @@ from sparseserve.cli.extras import VLLM, need
 from sparseserve.cli.numbers import whole_numbers
 
 if TYPE_CHECKING:
+    from sparseserve.footprint.planned import RowMemory
     from sparseserve.footprint.stores import Memory
-    from sparseserve.server.launch.explain import Explanation, RowMemory
+    from sparseserve.server.launch.explain import Explanation
 
 
 def explain(

@@ -21,9 +21,9 @@ from sparseserve.evaluation.measure import Examiner
 from sparseserve.evaluation.pieces import pieces
 from sparseserve.evaluation.report import assemble, versions
 from sparseserve.evaluation.results import Results
+from sparseserve.plugin.vllm_version import V1_RUNNER
 from sparseserve.server.launch.process import SERVE, Server, running
 
-V1_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 FORCING = ["--logits-processors", "sparseserve.plugin.forcing:ForcedTokens"]
 STARTUP_TIMEOUT = 3600.0  # seconds; large weights take their time from a network
 END = 10.0  # seconds that a dying server may take to be gone

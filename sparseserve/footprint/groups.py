@@ -23,6 +23,8 @@ MAX_GROUPS = 12  # page tables of a row
 MAX_CUTS = 32  # places between windows of different sizes that the search for classes tries
 EPSILON = 1e-6  # tokens; a class is never shorter than a window because of how numbers are rounded
 
+RankPlans = tuple[tuple[LayerPlan, ...], ...]  # by tensor-parallel rank and layer
+
 
 @dataclass(frozen=True, slots=True)
 class HeadWindow:
@@ -99,9 +101,19 @@ class _Head:
     kept: int
 
 
+def plan_ranks(policy: Policy, model: ModelShape) -> RankPlans:
+    """The plan of every layer, of every tensor-parallel rank of the model."""
+    return tuple(policy.plans(replace(model, rank=rank)) for rank in range(model.ranks))
+
+
 def store_heads(policy: Policy, model: ModelShape) -> Storage:
     """Group the KV heads of the model by what they keep, and give this rank's their slots."""
-    heads = [head for rank in range(model.ranks) for head in _heads(policy, replace(model, rank=rank))]
+    return store_planned(policy, plan_ranks(policy, model), model)
+
+
+def store_planned(policy: Policy, plans: RankPlans, model: ModelShape) -> Storage:
+    """`store_heads` of a model whose ranks have these plans."""
+    heads = [head for rank, planned in enumerate(plans) for head in _heads(policy, planned, replace(model, rank=rank))]
     full = [head for head in heads if head.window is None]
     windowed = sorted((head for head in heads if head.window is not None), key=lambda head: head.kept)
     packing = _cheapest(full, windowed, model)
@@ -116,8 +128,8 @@ def store_heads(policy: Policy, model: ModelShape) -> Storage:
     return Storage(packing.slots, tuple(windows), places)
 
 
-def _heads(policy: Policy, model: ModelShape) -> Iterable[_Head]:
-    for plan in policy.plans(model):
+def _heads(policy: Policy, plans: Sequence[LayerPlan], model: ModelShape) -> Iterable[_Head]:
+    for plan in plans:
         for head, window in enumerate(head_windows(plan, policy, model)):
             kept = model.max_len if window is None else window.pages(model.max_len, model.page_size) * model.page_size
             yield _Head(model.rank, plan.layer, head, window, kept)

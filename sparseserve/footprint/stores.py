@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from sparseserve.footprint.groups import EPSILON, HeadWindow, Storage, head_windows, store_heads
+from sparseserve.footprint.groups import EPSILON, HeadWindow, Storage, head_windows
 from sparseserve.footprint.reads import token_bytes
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
@@ -112,23 +112,10 @@ def memory_of(
     return Memory(tuple(groups), size, storage.slots, page_bytes, 0, dense)
 
 
-def predict_memory(policy: Policy, plans: Sequence[LayerPlan], model: ModelShape, element_bytes: int) -> Memory:
-    """The pages that serving the policy gives the model."""
-    storage = store_heads(policy, model) if policy.frees_pages else None
-    groups = None if storage is None or storage.windows == (None,) else storage
-    return memory_of(policy, plans, model, element_bytes, groups)
-
-
 def needed_bytes(policy: Policy, plans: Sequence[LayerPlan], model: ModelShape, element_bytes: int, length: int) -> int:
     """Bytes of the pages that every KV head by itself needs for a row of `length` tokens, if none was rounded up."""
     pages = sum(HeadGroup(window, 1, 1).pages(length, model.page_size) for window in _windows(policy, plans, model))
     return pages * model.page_size * 2 * model.heads.head_dim * element_bytes
-
-
-def emptiest_rank(policy: Policy, model: ModelShape, element_bytes: int) -> ModelShape:
-    """The rank whose heads need least of the longest row; it stores as much as the others."""
-    ranks = [replace(model, rank=rank) for rank in range(model.ranks)]
-    return min(ranks, key=lambda rank: needed_bytes(policy, policy.plans(rank), rank, element_bytes, rank.max_len))
 
 
 def _windows(policy: Policy, plans: Sequence[LayerPlan], model: ModelShape) -> Iterator[HeadWindow | None]:

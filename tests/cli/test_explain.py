@@ -125,5 +125,5 @@ def test_what_cannot_be_served_is_refused(models: dict[str, str], flags: list[st
 
 
 def test_pages_are_those_that_serve_would_ask_for(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparseserve.server.launch.explain.platform_flags", lambda policy, args: ["--block-size", "64"])
+    monkeypatch.setattr("sparseserve.server.launch.checks.platform_flags", lambda *_: ["--block-size", "64"])
     assert explained(models["llama"], "--policy", "quest")["page_tokens"] == 64

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparseserve.footprint.stores import predict_memory
+from sparseserve.footprint.planned import plan_model
 from sparseserve.model import ModelShape
 from sparseserve.policies import S2, Dense, Hip, Moa, Policy, Quest, Retrieval, Streaming, Tidal
 from sparseserve.types import HeadShape
@@ -40,7 +40,7 @@ def policies(tmp_path: Path) -> dict[str, Policy]:
 
 def test_the_table_is_what_the_policies_store(policies: dict[str, Policy]) -> None:
     def per_gib(policy: Policy) -> tuple[int, ...]:
-        memory = predict_memory(policy, policy.plans(LLAMA_8B), LLAMA_8B, element_bytes=2)
+        memory = plan_model(policy, LLAMA_8B, element_bytes=2).memory(0)
         return tuple(round(2**30 * length / memory.row(length).bytes) for length in LENGTHS)
 
     assert {name: per_gib(policy) for name, policy in policies.items()} == TOLD

@@ -14,7 +14,7 @@ import yaml
 
 from sparseserve.cli import app
 from sparseserve.config import PolicySource, _Loader, read_policy_file
-from sparseserve.server.launch.serve import parse
+from sparseserve.server.launch.flags import parse
 from tests.helpers.deploy.chart_values import BAD, DEMO, GOOD, QUEST
 from tests.helpers.deploy.manifests import (
     CHECKS,

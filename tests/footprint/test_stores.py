@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sparseserve.footprint.groups import HeadWindow
-from sparseserve.footprint.stores import HeadGroup, Memory, StepFootprint, needed_bytes, predict_memory
+from sparseserve.footprint.planned import plan_model
+from sparseserve.footprint.stores import HeadGroup, Memory, StepFootprint, needed_bytes
 from sparseserve.model import ModelShape
 from sparseserve.policies import Dense, Moa, Policy, Quest, Retrieval, Streaming
 from sparseserve.testing.plans import write_head_map, write_moa_plan
@@ -40,7 +41,7 @@ def policy(tmp_path: Path) -> Callable[[str], Policy]:
 
 
 def memory(policy: Policy) -> Memory:
-    return predict_memory(policy, policy.plans(MODEL), MODEL, element_bytes=2)
+    return plan_model(policy, MODEL, element_bytes=2).memory(0)
 
 
 def test_streaming_stores_its_sink_and_its_window(policy: Callable[[str], Policy]) -> None:

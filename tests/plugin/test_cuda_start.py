@@ -15,7 +15,6 @@ import torch
 
 pytest.importorskip("vllm")
 
-from sparseserve.plugin import settings
 from sparseserve.plugin.self_check import check_worker_attention
 from sparseserve.plugin.watch.requests import ServedRequests
 from sparseserve.policies import Policy, Quest, Streaming, Tidal
@@ -98,12 +97,6 @@ def test_batches_that_nobody_asked_for_are_not_counted(tmp_path: Path, simulator
     before = prefill()
     worker.builder.build(0, Batch([PAGE, 5], [PAGE, 5], [True, True]).metadata(torch.zeros(2, 7).int(), "cpu"))
     assert prefill() == before
-
-
-def test_units_that_cuda_cannot_halve_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Quest, "selection_unit", property(lambda policy: 48))  # as gates may have
-    problems = settings.cuda_problems(vllm_config(tmp_path), Quest(), model_shape().heads)
-    assert "tokens of a unit = 48 is refused. Expected: a power of two" in " ".join(map(str, problems))
 
 
 def test_the_worker_leaves_torch_as_it_is() -> None:

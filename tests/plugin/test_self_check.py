@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sparseserve.errors import SelfCheckError, UnsupportedError
-from sparseserve.plugin.backends.builder import check_worker
+from sparseserve.plugin.support.checks import check_worker
 from sparseserve.policies import Policy, Quest, Streaming
 from sparseserve.server.views.metrics import check_active
 from tests.helpers.plugin import one_process

@@ -15,8 +15,8 @@ from typing import Literal
 from sparseserve.cli.doctor.lookup import names
 from sparseserve.cli.doctor.seams import seams
 from sparseserve.errors import SparseServeError
+from sparseserve.plugin.vllm_version import VLLM_VERSION
 
-VLLM_VERSION = "0.32."
 INSTALL = "pip install 'sparseserve[cpu]'"
 ENDPOINT_PLUGINS = ["sparseserve_front", "sparseserve_metrics", "sparseserve_routes"]
 ENTRY_POINTS = {"vllm.general_plugins": ["sparseserve"], "vllm.endpoint_plugins": ENDPOINT_PLUGINS}

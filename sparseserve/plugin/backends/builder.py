@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from sparseserve.config import WORKERS
-from sparseserve.errors import Problem, UnsupportedError
 from sparseserve.plugin.backends.rows import RowSplit, split_rows
-from sparseserve.plugin.settings import WITHOUT_US
 from sparseserve.plugin.watch.meter import Meter
 from sparseserve.plugin.watch.requests import RowOptions, ServedRequest, ServedRequests, apart
 from sparseserve.policies import Policy
@@ -83,11 +79,3 @@ class SparseBuilder(AttentionMetadataBuilder[Metadata]):
         if rows is None:
             return Batch(requests, None, split_rows(common, policy.dense_up_to))
         return Batch(requests, rows, split_rows(common, rows.dense_up_to, rows.dense))
-
-
-def check_worker(config: VllmConfig) -> None:
-    """Raise UnsupportedError without our worker: what requests ask for would be lost, and nothing checked at start."""
-    name = config.parallel_config.worker_cls
-    if name not in WORKERS.values():
-        remedy = f"start the server with `sparseserve serve`, or {WITHOUT_US}"
-        raise UnsupportedError(Problem("--worker-cls", name, choices=[*WORKERS.values()], remedy=remedy))

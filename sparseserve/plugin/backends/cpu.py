@@ -23,11 +23,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from sparseserve.decode.layer import decode_layer
 from sparseserve.decode.step import StepBuffers
 from sparseserve.decode.views import cpu_views
-from sparseserve.plugin.backends.builder import Batch, SparseBuilder, check_worker
+from sparseserve.plugin.backends.builder import Batch, SparseBuilder
 from sparseserve.plugin.backends.layers import SparseBackend, SparseImpl, VllmLayer, bind_layers, extended, of_layer
 from sparseserve.plugin.backends.rows import take_rows, token_rows
 from sparseserve.plugin.head_memory.attention import GroupedStep, GroupedSteps
 from sparseserve.plugin.settings import head_shape, model_shape, policy_of
+from sparseserve.plugin.support.checks import check_worker
 from sparseserve.plugin.watch.meter import Meter
 from sparseserve.plugin.watch.recall import Draw, Recall, rows_of
 from sparseserve.policies import Policy

@@ -31,18 +31,14 @@ from sparseserve.decode.layer import decode_layer
 from sparseserve.decode.step import StepBuffers
 from sparseserve.decode.views import cuda_views
 from sparseserve.errors import UnsupportedError
-from sparseserve.plugin.backends.builder import Batch, SparseBuilder, check_worker
+from sparseserve.plugin.backends.builder import Batch, SparseBuilder
 from sparseserve.plugin.backends.layers import SparseBackend, SparseImpl, VllmLayer, bind_layers, extended, of_layer
 from sparseserve.plugin.backends.rows import decode_rows, real_rows, rows_from
 from sparseserve.plugin.backends.workspace import step_workspace
 from sparseserve.plugin.head_memory.attention import GroupedStep, GroupedSteps
-from sparseserve.plugin.settings import (
-    CUDA_HEAD_SIZES,
-    cuda_problems,
-    head_shape,
-    model_shape,
-    policy_of,
-)
+from sparseserve.plugin.settings import head_shape, model_shape, policy_of
+from sparseserve.plugin.support.checks import check_worker, cuda_problems
+from sparseserve.plugin.support.cuda import CUDA_HEAD_SIZES
 from sparseserve.plugin.watch.meter import CudaMeter
 from sparseserve.plugin.watch.recall import CudaRecall, Draw
 from sparseserve.plugin.watch.requests import RowOptions

@@ -27,7 +27,8 @@ from sparseserve.model import ModelShape
 from sparseserve.plugin.backends.spec import with_page_state
 from sparseserve.plugin.head_memory.attention import GroupedHeads, GroupedStep
 from sparseserve.plugin.head_memory.pool import HeadGroups
-from sparseserve.plugin.settings import check_attention, group_problems, head_shape, model_shape, policy_of
+from sparseserve.plugin.settings import head_shape, model_shape, policy_of
+from sparseserve.plugin.support.checks import check_attention, group_problems
 from sparseserve.plugin.watch.meter import Meter
 from sparseserve.policies import Policy
 from sparseserve.policies.base import SparseLayer

@@ -17,6 +17,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from sparseserve.errors import ConfigError
+from sparseserve.plugin.vllm_version import row_names
 from sparseserve.plugin.watch.metrics import IGNORED_OPTIONS
 from sparseserve.policies import Policy
 from sparseserve.request_options import RequestOptions, read_options
@@ -100,17 +101,9 @@ class ServedRequests:
 
     def rows(self, common: CommonAttentionMetadata) -> list[ServedRequest | None]:
         """The requests of a batch's rows, in their order; None for padding and for rows that nobody asked for."""
-        names = self._names(common)
+        names = row_names(self._runner, common)
         found = [self._running.get(name) for name in names[: common.num_reqs]]
         return found + [None] * (common.num_reqs - len(found))
-
-    def _names(self, common: CommonAttentionMetadata) -> list[str]:
-        if common.req_idx is None:
-            # Of runner V1; V2 names its rows by req_idx.
-            return self._runner.input_batch.req_ids if hasattr(self._runner, "input_batch") else []
-        assert hasattr(self._runner, "req_states")
-        names = self._runner.req_states.index_to_req_id
-        return [names.get(int(index), "") for index in common.req_idx]
 
     def outcome(self, part: str) -> dict[str, object] | None:
         """What became of the requests whose id has `part` between dashes, several prompts of one call together."""

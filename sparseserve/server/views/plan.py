@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from sparseserve.footprint.reads import step_cost
-from sparseserve.footprint.stores import predict_memory
 from sparseserve.model import ModelShape
+from sparseserve.plugin.support.checks import plan_supported
 from sparseserve.policies import Policy
-from sparseserve.server.launch.checks import model_dtype, model_shape, plan_layers
 from sparseserve.types import LayerPlan
 
 if TYPE_CHECKING:
@@ -56,19 +54,16 @@ class Planner:
     """The plans of all tensor-parallel ranks of a served model."""
 
     def __init__(self, config: VllmConfig, policy: Policy) -> None:
-        first = model_shape(config)
-        shapes = [replace(first, rank=rank) for rank in range(first.ranks)]
-        self._policy = policy
-        self._ranks = [(shape, plan_layers(config, policy, shape)) for shape in shapes]
+        planned = plan_supported(config, policy)
+        self._policy, self._planned = policy, planned
         self._kv_heads = config.model_config.get_total_num_kv_heads()
-        self._bytes = model_dtype(config).itemsize
-        self._memories = [predict_memory(policy, plans, shape, self._bytes) for shape, plans in self._ranks]
-        self.max_length = first.max_len
+        self._memories = [planned.memory(rank) for rank in range(planned.model.ranks)]
+        self.max_length = planned.model.max_len
 
     def plan(self, length: int) -> PlanView:
         """What a row of `length` tokens reads and stores."""
-        layers = [self._layer(number, length) for number in range(self._ranks[0][0].layers)]
-        costs = [step_cost(self._policy, plans, shape, length, self._bytes) for shape, plans in self._ranks]
+        layers = [self._layer(number, length) for number in range(self._planned.model.layers)]
+        costs = [self._planned.step(length, rank) for rank in range(self._planned.model.ranks)]
         rows = [memory.row(length) for memory in self._memories]
         return PlanView(
             length=length,
@@ -82,10 +77,10 @@ class Planner:
 
     def _layer(self, number: int, length: int) -> PlannedLayer:
         heads: dict[int, HeadPlan] = {}  # ranks may hold the same head
-        for shape, plans in self._ranks:
+        for shape, plans in zip(self._planned.shapes, self._planned.plans, strict=True):
             first = shape.my_heads(self._kv_heads).start
             heads |= {first + i: head for i, head in enumerate(_heads(self._policy, plans[number], shape, length))}
-        plan = self._ranks[0][1][number]
+        plan = self._planned.plans[0][number]
         return PlannedLayer(
             layer=number,
             role=plan.role.value,

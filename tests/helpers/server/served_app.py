@@ -16,7 +16,8 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 
 from sparseserve import environment
 from sparseserve.config import find_policy
-from sparseserve.server.launch.serve import engine_config, prepare
+from sparseserve.server.launch.flags import engine_config
+from sparseserve.server.launch.serve import prepare
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

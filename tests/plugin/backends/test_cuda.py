@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,21 +13,17 @@ pytest.importorskip("vllm")
 
 from vllm.config import VllmConfig
 
-from sparseserve.config import find_policy
 from sparseserve.decode.step import StepBuffers, StepWorkspace
-from sparseserve.errors import UnsupportedError
 from sparseserve.ops import step_scratch
-from sparseserve.plugin import settings
 from sparseserve.plugin.backends.cuda import SparseCUDABackend
 from sparseserve.plugin.watch import meter as stats
 from sparseserve.plugin.watch.requests import ServedRequest
-from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Retrieval, Streaming, Tidal
+from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Streaming, Tidal
 from sparseserve.request_options import RequestOptions
-from sparseserve.server.launch.serve import cuda_flags, parse
 from sparseserve.testing import target
 from sparseserve.testing.bed import Bed
 from sparseserve.testing.target import Layout
-from sparseserve.types import CPU, HeadShape, PageTable
+from sparseserve.types import CPU, PageTable
 from tests.helpers.plugin.cuda_worker import (
     LAYERS,
     MAX_LEN,
@@ -309,89 +304,9 @@ def test_tokens_are_counted_without_waiting(start: Callable[..., Worker], layout
     assert recall_of("quest", 1)[0] - kept == pytest.approx(float(expected.measurement.recall[1, : len(LONG)].sum()))
 
 
-def cuda_config(**changes: Any) -> Any:
-    """As much of a VllmConfig as the checks read."""
-    compilation = SimpleNamespace(cudagraph_mode=None)
-    parts = {"dtype": torch.bfloat16, "page": 64, "speculative": None, "ubatching": False, "compilation": compilation}
-    parts |= changes
-    return SimpleNamespace(
-        cache_config=SimpleNamespace(block_size=parts["page"]),
-        model_config=SimpleNamespace(dtype=parts["dtype"], max_model_len=MAX_LEN),
-        parallel_config=SimpleNamespace(use_ubatching=parts["ubatching"]),
-        speculative_config=parts["speculative"],
-        compilation_config=parts["compilation"],
-        use_v2_model_runner=False,
-    )
-
-
-PIECEWISE = SimpleNamespace(
-    cudagraph_mode=SimpleNamespace(has_piecewise_cudagraphs=lambda: True),
-    splitting_ops_contain_kv_cache_update=lambda: False,
-)
-
-
-@pytest.mark.parametrize(
-    ("changes", "heads", "told"),
-    [
-        ({"dtype": torch.float32}, HeadShape(2, 2, 64), ["--dtype = float32", "bfloat16 or float16", "give --dtype"]),
-        ({}, HeadShape(2, 2, 80), ["head size = 80", "64, 96, 128, 256"]),
-        ({}, HeadShape(1, 32, 128), ["query heads of a KV head = 32", "at most 16"]),
-        ({"speculative": SimpleNamespace(method="ngram")}, HeadShape(2, 2, 64), ["--speculative-config = ngram"]),
-        ({"page": 16}, HeadShape(2, 2, 64), ["--block-size = 16", "multiple of 32", "give --block-size 32"]),
-        ({"ubatching": True}, HeadShape(2, 2, 64), ["--enable-dbo", "drop"]),
-        ({"compilation": PIECEWISE}, HeadShape(2, 2, 64), ["splitting_ops", "KV cache updates"]),
-    ],
-)
-def test_what_cuda_cannot_do_is_refused(changes: dict[str, Any], heads: HeadShape, told: list[str]) -> None:
-    problem, *others = settings.cuda_problems(cuda_config(**changes), Quest(), heads)
-    assert not others
-    assert [words for words in told if words not in str(problem)] == []
-    assert not [*settings.cuda_problems(cuda_config(), Quest(), HeadShape(2, 16, 64))]
-
-
-def test_a_policy_that_needs_the_host_is_refused(start: Callable[..., Worker], tmp_path: Any) -> None:
-    heads = tmp_path / "heads.json"
-    heads.write_text('{"0": [0], "1": [], "2": []}')
-    with pytest.raises(UnsupportedError, match="compensate = True .*--set compensate=false"):
-        start(Retrieval(artifact=str(heads), compensate=True, kv_memory="shared"))
-
-
 def test_vllm_refuses_what_the_backend_does_not_declare() -> None:
     assert SparseCUDABackend.get_name() == "CUSTOM"
     assert not SparseCUDABackend.supports_kv_cache_dtype("fp8") and SparseCUDABackend.supports_kv_cache_dtype("auto")
     assert [size for size in range(8, 513, 8) if SparseCUDABackend.supports_head_size(size)] == [64, 96, 128, 256]
     unsupported = ("dcp", "pcp", "sink", "mm_prefix", "rswa", "non_causal", "kv_connector")
     assert not [name for name in unsupported if getattr(SparseCUDABackend, f"supports_{name}")()]
-
-
-@pytest.mark.parametrize(
-    ("flags", "given"),
-    [
-        ([], {}),
-        (["--attention-config", '{"flash_attn_version": 3}'], {"flash_attn_version": 3}),
-        (["--attention-config.flash_attn_version", "2"], {"flash_attn_version": 2}),
-    ],
-)
-def test_the_launcher_asks_for_our_backend_on_cuda(flags: list[str], given: dict[str, int]) -> None:
-    policy = find_policy("quest", (), {}).policy("model")
-    args = parse(["model", *flags])
-    added = cuda_flags(policy, args)
-    again = parse(["model", *flags, *added])
-    kinds = again.attention_config.backend_per_kind
-    assert {kind: backend.name for kind, backend in kinds.items()} == {"full_attention": "CUSTOM"}
-    assert again.attention_config.flash_attn_version == given.get("flash_attn_version")
-    assert again.block_size == 64
-    assert "--block-size" not in cuda_flags(policy, parse(["model", "--block-size", "128"]))
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--attention-backend", "TRITON_ATTN"],
-        ["--attention-config.backend", "TRITON_ATTN"],
-        ["--attention-config.backend_per_kind.full_attention", "TRITON_ATTN"],
-    ],
-)
-def test_another_backend_is_refused(flags: list[str]) -> None:
-    with pytest.raises(UnsupportedError, match="TRITON_ATTN .*backend of its own"):
-        cuda_flags(Dense(), parse(["model", *flags]))

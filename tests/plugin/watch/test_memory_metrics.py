@@ -12,7 +12,8 @@ import torch
 
 from sparseserve.demo import circuits
 from sparseserve.footprint.groups import HeadWindow
-from sparseserve.footprint.stores import Memory, predict_memory
+from sparseserve.footprint.planned import plan_model
+from sparseserve.footprint.stores import Memory
 from sparseserve.model import ModelShape
 from sparseserve.plugin.backends.rows import RowSplit
 from sparseserve.plugin.watch.meter import Meter, snapshot
@@ -34,7 +35,7 @@ SHORT = {"policy": "streaming", "reason": "short"}
 def test_an_engine_tells_what_its_pool_holds(model: Path, tmp_path: Path) -> None:
     heads = write_head_map(tmp_path / "heads.json", set(circuits.retrieval_heads()))
     policy = Retrieval(artifact=heads, sink_tokens=64, recent_tokens=192, min_tokens=0)
-    memory = predict_memory(policy, policy.plans(SHAPE), SHAPE, element_bytes=2)
+    memory = plan_model(policy, SHAPE, element_bytes=2).memory(0)
     prompts = [list(ask(length, 0.5, length).prompt.encode()) for length in (500, 900)]
     runs, log = stepped(model, policy, [prompts, [prompts[1]]])
 
@@ -75,7 +76,7 @@ def counted(policy: Policy, before: list[int], after: list[int]) -> tuple[dict[s
     """Bytes by kind, pages freed and the gain, of a step."""
     plans = policy.plans(SHAPE)
     meter = Meter(policy, list(plans))
-    meter.set_memory(predict_memory(policy, plans, SHAPE, element_bytes=2), LONGEST)
+    meter.set_memory(plan_model(policy, SHAPE, element_bytes=2).memory(0), LONGEST)
     gone = value("sparseserve_kv_pages_freed_total")
     lengths = [torch.tensor(tokens, dtype=torch.int32) for tokens in (before, after)]
     meter.count_rows(RowSplit(torch.empty(0), torch.empty(len(before)), 0, torch.zeros(len(before)).bool(), *lengths))
@@ -104,7 +105,7 @@ def test_rows_and_what_they_free_are_counted_on_one_rank() -> None:
     lengths = torch.tensor([1, 379], dtype=torch.int32)  # the second row's window leaves a page behind
     rows = RowSplit(torch.empty(0), torch.empty(2), 2, torch.zeros(2).bool(), lengths - 1, lengths)
     for meter in meters:
-        meter.set_memory(predict_memory(policy, plans, SHAPE, element_bytes=2), LONGEST)
+        meter.set_memory(plan_model(policy, SHAPE, element_bytes=2).memory(0), LONGEST)
         meter.count_rows(rows)
     assert (value(samples[0], **SHORT), value(samples[1])) == (before[0] + 2, before[1] + 1)
 

@@ -1,18 +1,19 @@
-"""`sparseserve serve`: what is added for the API server, and where it may write."""
+"""`sparseserve serve`: what is added to the arguments of `vllm serve`, and where the server may write."""
 
 from __future__ import annotations
 
 import shlex
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from sparseserve import ops
-from sparseserve.cli import app, serve
-from sparseserve.config import find_policy
-from sparseserve.errors import ConfigError, UnsupportedError
-from sparseserve.server.launch import serve as launch
+from sparseserve.config import find_policy, from_dict
+from sparseserve.errors import ConfigError, SparseServeError
+from sparseserve.policies import Quest
+from sparseserve.server.launch import flags as launch
+from sparseserve.server.launch.flags import allowed_plugins, cuda_flags, parse
 from sparseserve.server.launch.serve import Launch, prepare
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_models", "environment")]
@@ -68,44 +69,6 @@ def test_a_server_has_time_to_drain(models: dict[str, str], flags: list[str], se
     assert words[last] == str(seconds)
 
 
-def test_the_cap_on_bodies_reaches_the_api_server_and_the_printed_command(
-    models: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SPARSESERVE_MAX_REQUEST_BYTES", "1")  # the flag wins
-    monkeypatch.setattr("vllm.entrypoints.cli.serve.ServeSubcommand.cmd", lambda args: None)
-    flags = ["--policy", "quest", "--max-request-bytes", "1000"]
-    assert launch.main([*flags, "--", models["llama"], "--skip-tokenizer-init"]) == launch.SERVER_ENDED
-    assert "SPARSESERVE_MAX_REQUEST_BYTES=1000 " in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("given", "code"), [("1000", 0), ("0", 2), ("32M", 2)])
-def test_the_cap_is_a_number_of_bytes(monkeypatch: pytest.MonkeyPatch, given: str, code: int) -> None:
-    commands: list[list[str]] = []
-    monkeypatch.setattr(serve, "supervise", lambda command: commands.append(command) or 0)
-    result = CliRunner().invoke(app, ["serve", "--max-request-bytes", given, "model"])
-    assert result.exit_code == code
-    assert [command[3:5] for command in commands] == ([["--max-request-bytes", "1000"]] if not code else [])
-
-
-def test_a_cap_of_the_environment_is_checked_at_the_start(
-    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SPARSESERVE_MAX_REQUEST_BYTES", "32M")
-    with pytest.raises(ConfigError, match="SPARSESERVE_MAX_REQUEST_BYTES = 32M .*whole number"):
-        start(models["llama"])
-
-
-def test_a_server_without_our_front_is_refused(models: dict[str, str]) -> None:
-    with pytest.raises(UnsupportedError, match="--grpc = True is refused.*no keys"):
-        start(models["llama"], "--grpc")
-
-
-def test_contexts_in_which_the_policy_never_acts_are_refused(models: dict[str, str]) -> None:
-    with pytest.raises(UnsupportedError, match="--max-model-len = 512 is refused.*more than 1024"):
-        start(models["llama"], "--max-model-len", "512")
-    assert start(models["llama"], "--max-model-len", "512", policy="dense", sets=()).description
-
-
 @pytest.mark.parametrize("folder", ["missing", "file"])
 @pytest.mark.parametrize(
     ("name", "flags", "refused"),
@@ -132,3 +95,60 @@ def test_a_folder_for_metrics_that_cannot_be_written_is_refused(
         return
     with pytest.raises(ConfigError, match=f"{name} = {tmp_path / folder} .*can be written.*unset {name}"):
         start(models["llama"], *flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--additional-config", '{"mine": {"a": 1}, "other": 2}'],
+        ["--additional-config.mine.a", "1", "--additional-config.other", "2"],
+    ],
+)
+def test_the_printed_command_is_the_server_that_runs(models: dict[str, str], flags: list[str]) -> None:
+    started = start(models["llama"], *flags, "--max-num-seqs", "7", sets=("budget_tokens=512",))
+    words = shlex.split(started.command)
+    again = parse(words[words.index("--model" if "--model" in words else "serve") + 1 :])
+    assert again.additional_config == started.args.additional_config
+    assert from_dict(again.additional_config.pop("sparseserve")) == Quest(budget_tokens=512)
+    assert again.additional_config == ({"mine": {"a": 1}, "other": 2} if flags else {})
+    assert (again.model, again.max_num_seqs) == (models["llama"], 7)
+    assert again.worker_cls == "sparseserve.plugin.worker_cpu.SparseCPUWorker"
+
+
+def test_wrong_flags_of_vllm_give_its_own_error(models: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        start(models["llama"], "--bogus", "3")
+    assert "vllm: error: unrecognized arguments: --bogus 3" in capsys.readouterr().err
+    with pytest.raises(SparseServeError, match="(?s)vLLM refuses this configuration: .*max_model_len"):
+        start(models["llama"], "--max-model-len", "100000")
+
+
+@pytest.mark.parametrize(
+    ("flags", "given"),
+    [
+        ([], {}),
+        (["--attention-config", '{"flash_attn_version": 3}'], {"flash_attn_version": 3}),
+        (["--attention-config.flash_attn_version", "2"], {"flash_attn_version": 2}),
+    ],
+)
+def test_the_launcher_asks_for_our_backend_on_cuda(flags: list[str], given: dict[str, int]) -> None:
+    policy = find_policy("quest", (), {}).policy("model")
+    args = parse(["model", *flags])
+    added = cuda_flags(policy, args)
+    again = parse(["model", *flags, *added])
+    kinds = again.attention_config.backend_per_kind
+    assert {kind: backend.name for kind, backend in kinds.items()} == {"full_attention": "CUSTOM"}
+    assert again.attention_config.flash_attn_version == given.get("flash_attn_version")
+    assert again.block_size == 64
+    assert "--block-size" not in cuda_flags(policy, parse(["model", "--block-size", "128"]))
+
+
+def test_plugins_of_others_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = ["sparseserve", "sparseserve_front", "sparseserve_metrics", "sparseserve_routes"]
+    installed = {"vllm.general_plugins": "lora", "vllm.endpoint_plugins": "routes", "console_scripts": "tool"}
+    points = EntryPoints(EntryPoint(name, "module:function", group) for group, name in installed.items())
+    monkeypatch.setattr(launch, "entry_points", lambda **only: points.select(**only) if only else points)
+    assert allowed_plugins({}) == [*ours, "lora"]  # endpoint plugins are off unless named
+    assert allowed_plugins({"VLLM_PLUGINS": "routes,sparseserve"}) == [*ours, "routes"]
+    assert allowed_plugins({"VLLM_PLUGINS": ""}) == ours

@@ -1,0 +1,1 @@
+"""Everything that a policy cannot be combined with: flags, models, machines."""
