@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sparseserve.cli import app, serve
 from sparseserve.config import policy_file_schema
 from sparseserve.errors import SparseServeError
-from sparseserve.evaluation.evaluation import Request
+from sparseserve.evaluation.evaluation import Evaluation
 from sparseserve.policies import POLICIES, Quest
 
 run = CliRunner().invoke
@@ -95,13 +95,13 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 @pytest.mark.parametrize("command", ["eval model --policies dense", "tune model --max-loss 1%"])
 def test_options_of_vllm_with_one_dash_are_passed_on_whole(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = ["-cc.mode=3", "-O.mode=3", "-tp", "2"]
-    asked: list[Request] = []
+    asked: list[Evaluation] = []
 
-    def check(request: Request) -> None:
+    def check(request: Evaluation) -> None:
         asked.append(request)
         raise SparseServeError("enough")
 
-    monkeypatch.setattr(Request, "check", check)
+    monkeypatch.setattr(Evaluation, "check", check)
     run(app, [*command.split(), *theirs])
     assert asked[0].vllm == tuple(theirs)
 
