@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sparseserve.cli import app, serve
 from sparseserve.config import policy_file_schema
 from sparseserve.errors import SparseServeError
-from sparseserve.evaluation.evaluation import Request
+from sparseserve.evaluation.evaluation import Evaluation
 from sparseserve.policies import POLICIES, Quest
 
 run = CliRunner().invoke
@@ -48,7 +48,12 @@ def test_policies_needs_no_vllm() -> None:
 
 def test_serve_hands_vllm_its_options_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
-    monkeypatch.setattr(serve, "supervise", lambda command: commands.append(command) or 3)
+
+    def supervise(command: list[str]) -> int:
+        commands.append(command)
+        return 3
+
+    monkeypatch.setattr(serve, "supervise", supervise)
     theirs = ["org/model", "-tp", "2", "--port=9000", "--additional-config.a.b", "1", "-O3", "--no-enable-log-requests"]
     ours = ["--policy", "quest", "--set", "budget_tokens=512", "--set", "sink_tokens=8"]
     assert run(app, ["serve", *theirs[:3], *ours, *theirs[3:]]).exit_code == 3
@@ -95,13 +100,13 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 @pytest.mark.parametrize("command", ["eval model --policies dense", "tune model --max-loss 1%"])
 def test_options_of_vllm_with_one_dash_are_passed_on_whole(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = ["-cc.mode=3", "-O.mode=3", "-tp", "2"]
-    asked: list[Request] = []
+    asked: list[Evaluation] = []
 
-    def check(request: Request) -> None:
+    def check(request: Evaluation) -> None:
         asked.append(request)
         raise SparseServeError("enough")
 
-    monkeypatch.setattr(Request, "check", check)
+    monkeypatch.setattr(Evaluation, "check", check)
     run(app, [*command.split(), *theirs])
     assert asked[0].vllm == tuple(theirs)
 
