@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from sparseserve.testing.target import Layout
 
 pytest_plugins = ["tests.helpers.skips"]
 
-DEVICES = {"cpu": nullcontext, "simulator": partial(target.simulated, Layout.LBHNC)}
+DEVICES: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "cpu": nullcontext,
+    "simulator": partial(target.simulated, Layout.LBHNC),
+}
 if torch.cuda.is_available():
     DEVICES["cuda"] = partial(target.on_gpu, Layout.LBHNC)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,7 +76,7 @@ def test_a_bad_name_is_told_before_the_model_is_known() -> None:
 
 def test_values_are_yaml_scalars() -> None:
     policy = load_policy("tidal", ["reselect-layer=13", "scope=all_heads", "budget_tokens=2_048"], {}, "model")
-    assert policy == Tidal(reselect_layer=13, scope=Scope.ALL_HEADS, budget_tokens=2048)
+    assert policy == Tidal(reselect_layer=(13,), scope=Scope.ALL_HEADS, budget_tokens=2048)
 
 
 def test_flags_win_over_environment_over_file(policy_file: Callable[[str], str]) -> None:
@@ -109,7 +110,7 @@ def test_a_hyper_parameter_does_not_change_the_policy(sets: list[str], env: dict
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        ("meta-llama/Llama-3.1-8B-Instruct", Tidal(budget_tokens=512, reselect_layer=13)),
+        ("meta-llama/Llama-3.1-8B-Instruct", Tidal(budget_tokens=512, reselect_layer=(13,))),
         ("Qwen/Qwen2.5-7B", Quest()),
         ("mistralai/Mistral-7B", Streaming()),
     ],
@@ -158,9 +159,10 @@ def test_policies_travel_as_json(name: str) -> None:
 
 def test_the_schema_accepts_and_refuses_what_we_do(policy_file: Callable[[str], str]) -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    entries = [{"policy": "quest", "bound": "min_max"}, {"policy": "tidal", "reselect_layer": 4}, {"policy": "dense"}]
-    entries += [{"policy": "tidal", "reselect_layer": [4, 9]}]
-    bad = [{"policy": "moa"}, {"policy": "quest", "budget_tokens": 0}, {"policy": "qest"}, {"bound": "min_max"}]
+    entries: list[dict[str, Any]] = [{"policy": "quest", "bound": "min_max"}, {"policy": "dense"}]
+    entries += [{"policy": "tidal", "reselect_layer": layers} for layers in (4, [4, 9])]
+    bad: list[dict[str, Any]] = [{"policy": "moa"}, {"policy": "quest", "budget_tokens": 0}]
+    bad += [{"policy": "qest"}, {"bound": "min_max"}]
     for entry in entries:
         jsonschema.validate({"models": {"*": entry}}, policy_file_schema())
         from_dict(entry)

@@ -44,9 +44,9 @@ ALLOWED = [
 
 def run(file: Path, **environment: str) -> tuple[int, str]:
     """Exit code and output of the tests in a file."""
-    command = [sys.executable, "-m", "pytest", "-p", "tests.helpers.skips", "-rA", f"--rootdir={file.parent}", file]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.helpers.skips", "-rA", f"--rootdir={file.parent}"]
     env = {name: value for name, value in os.environ.items() if name != "CI"} | environment
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([*command, file], cwd=ROOT, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout
 
 

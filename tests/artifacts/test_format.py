@@ -121,7 +121,7 @@ def rewritten(tmp_path: Path, tensors: dict[str, torch.Tensor] | None = None, **
 )
 def test_metadata_that_are_not_right_are_refused(tmp_path: Path, metadata: dict[str, str | None], told: str) -> None:
     with pytest.raises(ArtifactError) as error:
-        load(rewritten(tmp_path, **metadata))
+        load(rewritten(tmp_path, None, **metadata))
     assert told in str(error.value) and "plan.safetensors" in str(error.value)
 
 

@@ -52,7 +52,8 @@ def random_model(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         torch.manual_seed(0)
         special = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 0, "sliding_window": None}
         config = AutoConfig.for_model(family, **SMALL | special | changes)
-        AutoModelForCausalLM.from_config(config).save_pretrained(path)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it so
+        model.save_pretrained(path)
         AutoTokenizer.from_pretrained(built).save_pretrained(path)
         return path
 

@@ -48,7 +48,12 @@ def test_policies_needs_no_vllm() -> None:
 
 def test_serve_hands_vllm_its_options_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
-    monkeypatch.setattr(serve, "supervise", lambda command: commands.append(command) or 3)
+
+    def supervise(command: list[str]) -> int:
+        commands.append(command)
+        return 3
+
+    monkeypatch.setattr(serve, "supervise", supervise)
     theirs = ["org/model", "-tp", "2", "--port=9000", "--additional-config.a.b", "1", "-O3", "--no-enable-log-requests"]
     ours = ["--policy", "quest", "--set", "budget_tokens=512", "--set", "sink_tokens=8"]
     assert run(app, ["serve", *theirs[:3], *ours, *theirs[3:]]).exit_code == 3

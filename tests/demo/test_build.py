@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path):
+def tokenizer(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -52,7 +53,7 @@ def test_ground_truth_file(folder: Path) -> None:
     assert all(truth["roles"][layer][head] == "retrieval" for layer, head in heads)
 
 
-def test_tokenizer_is_bytes_and_chat_passes_text_through(tokenizer) -> None:
+def test_tokenizer_is_bytes_and_chat_passes_text_through(tokenizer: Any) -> None:
     text = "Ünïcode 7 \n\t. 'x' is "
     assert tokenizer(text).input_ids == encode(text)
     assert tokenizer.decode(encode(text)[1:]) == text
@@ -63,7 +64,7 @@ def test_tokenizer_is_bytes_and_chat_passes_text_through(tokenizer) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_transformers_answers_and_stops(folder: Path, tokenizer, dtype: torch.dtype) -> None:
+def test_transformers_answers_and_stops(folder: Path, tokenizer: Any, dtype: torch.dtype) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     question = ask(1024, 0.3, seed=1)
     ids = torch.tensor([tokenizer(question.prompt).input_ids])

@@ -28,7 +28,7 @@ def policies(tmp_path: Path) -> dict[str, Policy]:
     plan.write_text(json.dumps({"alphas": [[0] * 32] * 32, "betas": [[0.25] * 32] * 32}))
     return {
         "dense": Dense(),
-        "tidal": Tidal(reselect_layer=13),
+        "tidal": Tidal(reselect_layer=(13,)),
         "s2": S2(),
         "quest": Quest(),
         "hip": Hip(),

@@ -7,6 +7,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from typer.testing import CliRunner
@@ -151,7 +152,7 @@ def test_what_cannot_be_is_told_before_a_server_starts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text(" \n")
-    monkeypatch.setattr(run, "evaluate", partial(evaluate, serve=None))
+    monkeypatch.setattr(run, "evaluate", partial(evaluate, serve=_no_server))
     done = CliRunner().invoke(app, ["eval", "model", *words.split()])
     assert done.exit_code == 2
     assert [text for text in told if text not in done.output] == []
@@ -208,14 +209,19 @@ def test_settings() -> None:
     assert settings(",".join(texts), []) == settings(",".join(texts), [512])  # what is given stays
 
 
-def test_bits_are_of_the_bytes_of_separate_stretches() -> None:
+def test_bits_are_of_the_bytes_of_separate_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a model that gives every token 1/4."""
     forced: list[tuple[list[int], list[int]]] = []
+
+    def force(prompt: list[int], tokens: list[int]) -> list[float]:
+        forced.append((prompt, tokens))
+        return [-math.log(4)] * len(tokens)
+
     client = FakeClient("bytes")
-    client.force = lambda prompt, tokens: forced.append((prompt, tokens)) or [-math.log(4)] * len(tokens)  # type: ignore
+    monkeypatch.setattr(client, "force", force)
     text = "".join(chr(33 + index % 90) for index in range(6000)) + "é" * 100
     total, counted = bits(client, text, 1000, 5)
-    assert (total, counted) == (pytest.approx(2 * 5 * 256), 5 * 256)
+    assert total == pytest.approx(2 * 5 * 256) and counted == 5 * 256
     for prompt, tokens in forced:
         assert len(prompt) == 999 and prompt[0] == 256
         said = "".join(map(chr, [*prompt[1:], *tokens]))
@@ -226,13 +232,17 @@ def test_bits_are_of_the_bytes_of_separate_stretches() -> None:
         bits(client, text, 5900, 5)
 
 
-def test_a_text_that_begins_with_long_tokens_is_long_enough() -> None:
+def test_a_text_that_begins_with_long_tokens_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first 16000 characters hold 1000 tokens only from a place on that their mean does not tell."""
     client = FakeClient("words")
-    client.force = lambda prompt, tokens: [0.0] * len(tokens)  # type: ignore[method-assign]
+    monkeypatch.setattr(client, "force", lambda prompt, tokens: [0.0] * len(tokens))
     text = "abc" * 1500 + "." * 11500 + "." * 20000  # three letters a token, then one
     _, counted = bits(client, text, 3000, 4)
     assert counted == 4 * 256
+
+
+def _no_server(request: Evaluation, setting: Setting) -> NoReturn:
+    raise AssertionError("a server starts")
 
 
 def _dying_at(folder: Path, request: int) -> Fakes:

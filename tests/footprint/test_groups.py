@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, combinations_with_replacement, pairwise
 from pathlib import Path
@@ -32,7 +32,7 @@ WINDOWS = st.builds(
 )
 
 
-def moa(lines: list[list[tuple[float, float]]], sink: int = 5, minimum: int = 20, min_tokens: int = 0) -> Moa:
+def moa(lines: Sequence[Sequence[tuple[float, float]]], sink: int = 5, minimum: int = 20, min_tokens: int = 0) -> Moa:
     """A plan of (alpha, beta) [L][Hq]."""
     path = Path(FOLDER.name) / "plan.json"
     alphas, betas = ([[line[part] for line in layer] for layer in lines] for part in (0, 1))

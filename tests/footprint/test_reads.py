@@ -40,20 +40,20 @@ def test_quest_reads_the_summaries_of_its_selecting_layers() -> None:
 
 
 def test_tidal_reads_the_keys_of_its_selection_layers_twice() -> None:
-    dense, select, reuse = cost(Tidal(reselect_layer=4)).roles
+    dense, select, reuse = cost(Tidal(reselect_layer=(4,))).roles
     assert (dense.layers, select.layers, reuse.layers) == (2, 2, 2)
     assert select.bytes == 2 * LENGTH * 3 * KEY
     assert reuse.bytes == 2 * 1024 * 2 * KEY
 
 
 def test_query_heads_that_choose_alone_share_no_read() -> None:
-    alone = cost(Tidal(reselect_layer=4, scope=Scope.QUERY_HEAD)).roles
-    shared = cost(Tidal(reselect_layer=4)).roles
+    alone = cost(Tidal(reselect_layer=(4,), scope=Scope.QUERY_HEAD)).roles
+    shared = cost(Tidal(reselect_layer=(4,))).roles
     assert alone[2].kv_bytes == 2 * shared[2].kv_bytes
     assert alone[1] == shared[1]  # dense all the same
 
 
-@pytest.mark.parametrize("policy", [Quest(), Streaming(), Tidal(reselect_layer=4)], ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", [Quest(), Streaming(), Tidal(reselect_layer=(4,))], ids=lambda policy: policy.name)
 def test_short_rows_are_dense(policy: Policy) -> None:
     assert cost(policy, 1024).ratio == 1
     assert cost(policy, 1025).ratio != 1

@@ -114,9 +114,10 @@ def test_many_rows_at_once_free_what_each_does() -> None:
 def test_rows_hold_what_no_token_before_the_step_needed_no_more() -> None:
     """A prompt in chunks, an answer, and a row whose first 640 tokens were found in the cache."""
     rows = [0, 200, 456, 700, 956, 1000, *range(1001, 1100)], [640, 1000, *range(1001, 1100)]
-    tables = [(None, 1), *zip(WINDOWS, TABLES, strict=True)]
+    windows = [*zip(WINDOWS, TABLES, strict=True)]
+    tables = [(None, 1), *windows]
     for ends in rows:
-        gone = [sum(tables * window.freed_pages(ends[0] + 1, PAGE) for window, tables in tables[1:])]
+        gone = [sum(times * window.freed_pages(ends[0] + 1, PAGE) for window, times in windows)]
         for before, after in pairwise(ends):
             held, freed = STEPS.hold(torch.tensor([before]), torch.tensor([after]))
             kept = [
@@ -125,7 +126,7 @@ def test_rows_hold_what_no_token_before_the_step_needed_no_more() -> None:
             ]
             assert (held.full, held.window, held.dense) == (kept[0], sum(kept[1:]), kept[0])
             gone.append(gone[-1] + freed)
-        assert gone[-1] == sum(times * window.freed_pages(ends[-1] + 1, PAGE) for window, times in tables[1:])
+        assert gone[-1] == sum(times * window.freed_pages(ends[-1] + 1, PAGE) for window, times in windows)
 
 
 def dropped(window: HeadWindow, before: int) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ def saved(artifact: Artifact) -> str:
     return str(path)
 
 
-def moa_plan(alpha: list[list[float]], beta: list[list[float]]) -> str:
+def moa_plan(alpha: Sequence[Sequence[float]], beta: Sequence[Sequence[float]]) -> str:
     """A MoA plan [L][Hq]."""
     tensors = {"alpha": torch.tensor(alpha, dtype=torch.float64), "beta": torch.tensor(beta, dtype=torch.float64)}
     arguments = {"sink": 64, "minimum": 128, "granularity": 64}
@@ -29,7 +30,7 @@ def moa_plan(alpha: list[list[float]], beta: list[list[float]]) -> str:
 
 
 def head_map(
-    scores: list[list[float]],
+    scores: Sequence[Sequence[float]],
     rule: dict[str, float] | None = None,
     per: str = "kv_head",
     sink_tokens: int | None = None,

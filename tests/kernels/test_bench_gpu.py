@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +88,7 @@ def test_floor_is_that_of_the_roofline() -> None:
 def test_points_are_whole_pages() -> None:
     assert layer_times.shape("131072x4") == (131072, 4)
     for wrong in ("4096", "100x1", "x4"):
-        with pytest.raises(layer_times.argparse.ArgumentTypeError, match="64 tokens"):
+        with pytest.raises(argparse.ArgumentTypeError, match="64 tokens"):
             layer_times.shape(wrong)
 
 
@@ -121,7 +123,7 @@ def test_a_wrong_kernel_has_no_time(simulated: None, wrong_in: str, monkeypatch:
     op = "score_pages" if wrong_in == "selection" else wrong_in
     right = getattr(ops, op)
 
-    def nearly(*arguments: object, **options: object) -> object:
+    def nearly(*arguments: Any, **options: Any) -> Any:
         result = right(*arguments, **options)
         if op == "attend":
             options["out"].mul_(1.02)
@@ -185,15 +187,21 @@ def test_what_a_graph_works_on_outlives_it() -> None:
         """Knows addresses only, as a CUDA graph does."""
 
         def capture(self, run: Callable[[], None]) -> Callable[[], None]:
-            memory = weakref.ref(results[-1]())
-            return lambda: memory().fill_(7)
+            memory = results[-1]
+
+            def replay() -> None:
+                result = memory()
+                assert result is not None
+                result.fill_(7)
+
+            return replay
 
         def seconds(self, replay: Callable[[], None]) -> float:
             gc.collect()
             replay()
             return MILLISECOND
 
-    results: list[Callable[[], torch.Tensor]] = []
+    results: list[weakref.ref[torch.Tensor]] = []
 
     def build() -> Contender:
         contender = fake()

@@ -31,9 +31,10 @@ def configure(folder: Path, *options: str) -> str:
     if NVCC is None:
         pytest.skip("nvcc is not here: the CUDA kernels were not compiled")
     cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert cmake is not None
     options = (f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_CUDA_COMPILER={NVCC}", *options)
     subprocess.run([cmake, "-S", KERNELS, "-B", folder, "-DSPARSESERVE_CUDA=ON", *options], check=True)
-    return str(cmake)
+    return cmake
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +71,7 @@ def test_a_kernel_that_spills_is_not_built(tmp_path: Path) -> None:
     kernel = tmp_path / "spills.h"
     kernel.write_text(SPILLS)
     configure(tmp_path / "build", f"-DCMAKE_CUDA_FLAGS=-include {kernel}", "-G", "Unix Makefiles")
-    make = ["make", "-C", tmp_path / "build" / "cuda", "select_units.cu.o"]
+    make = ["make", "-C", str(tmp_path / "build" / "cuda"), "select_units.cu.o"]
     build = subprocess.run(make, capture_output=True, text=True)
     assert build.returncode != 0
     assert "spilled to local memory in function '_Z4widePKfPf'" in build.stdout + build.stderr

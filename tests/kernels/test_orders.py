@@ -1,6 +1,8 @@
 """The CUDA kernels give the same bits whatever order the threads of a block run in: a race would not."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,15 +29,15 @@ POLICIES = ["hip", "quest", "seer", "tidal"]  # between them they run every op
 
 
 @pytest.fixture
-def policies(tmp_path) -> dict[str, Policy]:
+def policies(tmp_path: Path) -> dict[str, Policy]:
     gates = tmp_path / "gates.safetensors"
     save(random_gates(MODEL, block_size=16, gate_dim=64), gates)
-    hip = {"wide_layers": 0, "chunk_tokens": (32, 16, 8), "stage_tokens": (256, 128), "sink_tokens": 8}
+    hip: dict[str, Any] = {"wide_layers": 0, "chunk_tokens": (32, 16, 8), "stage_tokens": (256, 128), "sink_tokens": 8}
     return {
         "hip": Hip(budget_tokens=128, recent_tokens=16, **hip),
         "quest": Quest(budget_tokens=128, dense_layers=1),
         "seer": Seer(budget_tokens=128, artifact=str(gates)),
-        "tidal": Tidal(budget_tokens=128, select_layer=1, reselect_layer=2),
+        "tidal": Tidal(budget_tokens=128, select_layer=1, reselect_layer=(2,)),
     }
 
 

@@ -277,7 +277,12 @@ def test_the_report_is_one_file_with_a_command_for_every_number(load: Load, tmp_
 
 def test_pictures_have_intervals(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = list[Figure]()
-    monkeypatch.setattr(loadtest.pictures, "svg", lambda figure: drawn.append(figure) or "<svg></svg>")
+
+    def svg(figure: Figure) -> str:
+        drawn.append(figure)
+        return "<svg></svg>"
+
+    monkeypatch.setattr(loadtest.pictures, "svg", svg)
     load(FakeBench({"fake@none": lambda _: None}, {}), "--policies", "quick,none", drawn=True)
     throughput, _, pareto, _ = drawn
     assert len(throughput.axes) == 2

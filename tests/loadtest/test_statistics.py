@@ -12,7 +12,7 @@ from loadtest.bench import BenchResult, read_result
 from loadtest.metrics import Observed, observe, read
 from loadtest.prompts import Prompt
 from loadtest.scenario import LoadTestError
-from loadtest.statistics import LATENCIES, RATES, Accuracy, accuracy, band, compare, estimate, numbers, verdict
+from loadtest.statistics import LATENCIES, RATES, accuracy, band, compare, estimate, numbers, verdict
 from tests.helpers.loadtest import scenario
 
 RECORDED = Path(__file__).parent / "recorded.json"  # of vllm bench serve 0.32 against the built demo model
@@ -85,8 +85,12 @@ def test_a_rate_that_falls_to_nothing_is_slower() -> None:
 
 
 def test_the_interval_of_a_share_is_wilsons() -> None:
-    assert accuracy(18, 20) == Accuracy(0.9, (pytest.approx(0.6990, abs=1e-4), pytest.approx(0.9721, abs=1e-4)))
-    assert accuracy(20, 20).interval == (pytest.approx(0.8389, abs=1e-4), 1.0)
+    some, every = accuracy(18, 20), accuracy(20, 20)
+    assert some.interval is not None and every.interval is not None
+    (low, high), (least, most) = some.interval, every.interval
+    assert some.value == 0.9
+    assert low == pytest.approx(0.6990, abs=1e-4) and high == pytest.approx(0.9721, abs=1e-4)
+    assert least == pytest.approx(0.8389, abs=1e-4) and most == 1.0
 
 
 def test_the_verdict_over_loads() -> None:

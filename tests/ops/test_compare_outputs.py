@@ -33,9 +33,9 @@ def make(point: dict[str, Any]) -> Arguments:
 
 def measured(arguments: Arguments, function: Any = ops.compare_outputs, **options: Any) -> tuple[Tensor, Tensor]:
     """Recall and error."""
-    results = torch.full((2, len(arguments[0])), -7, dtype=options.get("dtype", torch.float32)).unbind()
-    function(*arguments, *results, **options)
-    return results
+    recall, error = torch.full((2, len(arguments[0])), -7, dtype=options.get("dtype", torch.float32)).unbind()
+    function(*arguments, recall, error, **options)
+    return recall, error
 
 
 @pytest.mark.parametrize("point", GRID, ids=lambda point: "-".join(map(str, point.values())))

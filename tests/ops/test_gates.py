@@ -30,13 +30,15 @@ def random_gate(point: dict[str, Any], heads: int = 2, positions: int = 1024) ->
     dims, dim = point["head_dim"], point["dim"]
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) / dims**0.5
+        drawn: torch.Tensor = torch.randn(shape, generator=generator) / dims**0.5
+        return drawn
 
-    norms = (1 + draw(dim), 1 + draw(dim)) if point["norm"] else (None, None)
+    query_norm, key_norm = (1 + draw(dim), 1 + draw(dim)) if point["norm"] else (None, None)
     return Gate(
         draw(heads, point["group"], dims, dim),
         draw(heads, 3 * dims, dim),
-        *norms,
+        query_norm,
+        key_norm,
         plain_rope(positions, dims),
         plain_rope(positions, dim) if point["rope"] else None,
     )

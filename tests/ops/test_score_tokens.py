@@ -80,6 +80,5 @@ def test_scores_must_hold_the_longest_row() -> None:
 
 def test_opcheck() -> None:
     case, lse, heads = make(GRID[1])
-    inputs = case.query, case.kv.key, case.pages, case.seq_lens, lse, case.scale, 32
-    inputs = *inputs, torch.zeros(4, heads, 40)
+    inputs = case.query, case.kv.key, case.pages, case.seq_lens, lse, case.scale, 32, torch.zeros(4, heads, 40)
     torch.library.opcheck(torch.ops.sparseserve.score_tokens.default, inputs, test_utils=OPCHECKS)

@@ -1,5 +1,7 @@
 """select_units: exactly the reference, whatever the scores are."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,12 +11,13 @@ from sparseserve import ops, reference
 from sparseserve.types import Selection, Wanted
 
 
-def select(function: object, scores: torch.Tensor, lengths: list[int], bounds: torch.Tensor, slots: int,
+def select(function: Callable[..., object], scores: torch.Tensor, lengths: list[int], bounds: torch.Tensor, slots: int,
            unit: int, threshold: float | None = None, row_budget: list[int] | None = None) -> Selection:  # fmt: skip
     selection = Selection.empty(len(lengths), scores.shape[1], slots, unit)
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     own = None if row_budget is None else torch.tensor(row_budget, dtype=torch.int32)
-    function(scores, seq_lens, Wanted(selection, *bounds.int(), threshold, own))  # type: ignore[operator]
+    sink, recent, budget = bounds.int()
+    function(scores, seq_lens, Wanted(selection, sink, recent, budget, threshold, own))
     return selection
 
 

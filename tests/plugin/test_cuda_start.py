@@ -38,7 +38,7 @@ pytestmark = pytest.mark.vllm
 WINDOW: dict[str, Any] = {"sink_tokens": 4, "recent_tokens": 60, "min_tokens": 64}
 POLICIES = {
     "quest": Quest(budget_tokens=128, min_tokens=64),
-    "tidal": Tidal(budget_tokens=128, min_tokens=64, select_layer=0, reselect_layer=1),
+    "tidal": Tidal(budget_tokens=128, min_tokens=64, select_layer=0, reselect_layer=(1,)),
     "streaming": Streaming(**WINDOW, kv_memory="shared"),
     "streaming of heads": Streaming(**WINDOW),
 }
@@ -92,7 +92,8 @@ def test_a_policy_tells_what_it_attends_to_from_tensors_of_any_device() -> None:
 def test_batches_that_nobody_asked_for_are_not_counted(tmp_path: Path, simulator: pytest.MonkeyPatch) -> None:
     policy = POLICIES["quest"]
     worker = Worker(vllm_config(tmp_path), policy, patch=simulator)
-    worker.builder.serve(ServedRequests(policy, SimpleNamespace(req_states=SimpleNamespace(index_to_req_id={}))))
+    runner: Any = SimpleNamespace(req_states=SimpleNamespace(index_to_req_id={}))  # all that is read of V2's
+    worker.builder.serve(ServedRequests(policy, runner))
     prefill = partial(value, "sparseserve_dense_rows_total", policy="quest", reason="prefill")
     before = prefill()
     worker.builder.build(0, Batch([PAGE, 5], [PAGE, 5], [True, True]).metadata(torch.zeros(2, 7).int(), "cpu"))

@@ -35,7 +35,7 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Policy]:
     others = write_head_map(folder / "others.json", all_heads() - RETRIEVAL)
     return {
         "quest": Quest(budget_tokens=1024),
-        "tidal": Tidal(budget_tokens=1024, reselect_layer=circuits.RESELECT_LAYER),
+        "tidal": Tidal(budget_tokens=1024, reselect_layer=(circuits.RESELECT_LAYER,)),
         # The needle's scores stand alone, which HiP's search is not made for: chunks must be small and searched anew.
         "hip": Hip(scope="kv_head", chunk_tokens=(64, 16, 2), refresh_steps=(1, 1, 1), wide_layers=0, **hip),
         "moa": Moa(artifact=plan, **shared),

@@ -44,8 +44,8 @@ def step(bed: Bed, tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rows
         for layer in range(MODEL.layers):
             bed.write(layer, row, at, key[layer, row, at : at + 1], value[layer, row, at : at + 1])
         bed.lengths[row] += 1
-    at = torch.tensor([bed.lengths[row] for row in range(len(bed.lengths))])
-    return bed.decode((query * at[None, :, None, None].sin()).bfloat16(), rows)
+    lengths = torch.tensor([bed.lengths[row] for row in range(len(bed.lengths))])
+    return bed.decode((query * lengths[None, :, None, None].sin()).bfloat16(), rows)
 
 
 def units(outcome: Outcome, row: int = 0, layer: int = 1) -> list[int]:

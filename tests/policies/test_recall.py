@@ -29,7 +29,8 @@ def sparse_layers(policy: Policy) -> list[int]:
 def weights(query: Tensor, key: Tensor) -> Tensor:
     """Of all T tokens of a row, [Hq, T] fp64: query [Hq, D], key [T, H, D]."""
     keys = key.double().repeat_interleave(query.shape[0] // key.shape[1], 1)
-    return (torch.einsum("hd,thd->ht", query.double(), keys) * query.shape[1] ** -0.5).softmax(1)
+    scale: float = query.shape[1] ** -0.5
+    return (torch.einsum("hd,thd->ht", query.double(), keys) * scale).softmax(1)
 
 
 def exactly(outcome: Outcome, layer: int, row: int, data: tuple[Tensor, Tensor, Tensor]) -> tuple[float, float]:

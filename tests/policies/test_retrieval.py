@@ -117,7 +117,7 @@ def test_every_head_computes_what_it_would_alone() -> None:
     ],
 )
 def test_sink_and_recent_tokens_are_the_artifacts(
-    of_artifact: dict[str, int], given: dict[str, int], kept: tuple[int, int]
+    of_artifact: dict[str, Any], given: dict[str, Any], kept: tuple[int, int]
 ) -> None:
     plan = Retrieval(artifact=head_map([[1, 0]] * 3, **of_artifact), **given).plans(replace(MODEL, max_len=8192))[0]
     assert plan.window is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def formula(policy: S2, heads: int, length: int) -> Tensor:
 )
 @pytest.mark.parametrize("extra", [{}, {"homo_heads": True}, {"offset_blocks": 1}, {"dense_heads": 1}], ids=str)
 def test_the_pattern_is_its_formula(
-    block_tokens: int, local_blocks: int, stride: int, heads: int, extra: dict[str, int]
+    block_tokens: Literal[16, 32, 64, 128], local_blocks: int, stride: int, heads: int, extra: dict[str, Any]
 ) -> None:
     policy = S2(block_tokens=block_tokens, local_blocks=local_blocks, stride=stride, **extra)
     mask = attended(policy, shape(heads))
@@ -94,7 +94,7 @@ def test_homo_heads_see_the_same_and_dense_heads_all() -> None:
 
 
 @pytest.mark.parametrize("extra", [{}, {"dense_heads": 3}, {"scope": "query_head"}], ids=str)
-def test_ranks_together_are_the_whole_model(extra: dict[str, object]) -> None:
+def test_ranks_together_are_the_whole_model(extra: dict[str, Any]) -> None:
     policy = S2(local_blocks=2, stride=4, **extra)
     parts = [attended(policy, shape(2, 2, rank, ranks=2)) for rank in range(2)]
     assert torch.equal(torch.cat(parts, 1), attended(policy, shape(4, 2)))

@@ -172,8 +172,9 @@ def vllm_rotation(kind: str, dim: int) -> tuple[Tensor, Any]:
 
     def rotated(keys: Tensor) -> Tensor:
         flat = keys.transpose(0, 1).flatten(1)
-        turned = rope.forward_native(torch.arange(keys.shape[1]), flat.clone(), flat.clone())[1]
-        return turned.unflatten(1, (-1, dim)).transpose(0, 1)
+        _, turned = rope.forward_native(torch.arange(keys.shape[1]), flat.clone(), flat.clone())
+        assert turned is not None
+        return turned.view(len(turned), -1, dim).transpose(0, 1)
 
     return rope.cos_sin_cache[:2048].clone(), rotated
 

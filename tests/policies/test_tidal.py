@@ -7,7 +7,7 @@ import pytest
 from sparseserve.config import from_dict, load_policy, to_dict
 from sparseserve.errors import ConfigError
 from sparseserve.model import ModelShape
-from sparseserve.policies import Policy, Quest, Tidal
+from sparseserve.policies import Quest, Tidal
 from sparseserve.policies.tidal import RESELECTIONS
 from sparseserve.types import HeadShape, Role
 
@@ -29,7 +29,7 @@ def selection_layers(name: str, layers: int, policy: Tidal) -> list[int]:
 )
 def test_the_published_layer_is_the_default(name: str, layers: int, layer: int) -> None:
     assert selection_layers(name, layers, Tidal()) == [2, layer]
-    assert selection_layers(name, layers, Tidal(reselect_layer=9)) == [2, 9]
+    assert selection_layers(name, layers, Tidal(reselect_layer=(9,))) == [2, 9]
 
 
 @pytest.mark.parametrize(
@@ -44,17 +44,17 @@ def test_the_published_layer_is_the_default(name: str, layers: int, layer: int) 
 def test_a_model_without_one_needs_it_given(name: str, layers: int) -> None:
     with pytest.raises(ConfigError, match="reselect_layer is missing.*--set reselect_layer=N; measure"):
         selection_layers(name, layers, Tidal())
-    assert selection_layers(name, layers, Tidal(reselect_layer=11)) == [2, 11]
+    assert selection_layers(name, layers, Tidal(reselect_layer=(11,))) == [2, 11]
 
 
 def test_several_reselection_layers() -> None:
-    assert selection_layers("any", 32, Tidal(reselect_layer=[9, 18, 31])) == [2, 9, 18, 31]
+    assert selection_layers("any", 32, Tidal(reselect_layer=(9, 18, 31))) == [2, 9, 18, 31]
     policy = load_policy("tidal", ["reselect_layer=[4, 9]"], {}, "any")
     assert from_dict(to_dict(policy)) == policy == Tidal(reselect_layer=(4, 9))
     plans = policy.plans(ModelShape("any", 12, HeadShape(8, 4, 128), max_len=8192, page_size=128))
     assert [plan.role for plan in plans[3:6]] == [Role.REUSE, Role.SELECT, Role.REUSE]
     with pytest.raises(ConfigError, match="reselect_layer = 32 .*2 to 31"):
-        selection_layers("any", 32, Tidal(reselect_layer=[9, 32]))
+        selection_layers("any", 32, Tidal(reselect_layer=(9, 32)))
 
 
 @pytest.mark.parametrize("value", ["[9, 4]", "[4, 4]", "[]", "many", "[-1]", "true", "[4, x]", "4.5"])
@@ -68,8 +68,8 @@ def test_every_published_layer_has_a_source_and_exists() -> None:
 
 
 @pytest.mark.parametrize(
-    "policy", [Quest(budget_tokens=100), Tidal(budget_tokens=64, unit_tokens=64, reselect_layer=3)]
+    "policy", [Quest(budget_tokens=100), Tidal(budget_tokens=64, unit_tokens=64, reselect_layer=(3,))]
 )
-def test_a_budget_that_holds_no_unit_is_refused(policy: Policy) -> None:
+def test_a_budget_that_holds_no_unit_is_refused(policy: Quest | Tidal) -> None:
     with pytest.raises(ConfigError, match=f"budget_tokens = {policy.budget_tokens} is refused.*at least"):
         policy.plans(ModelShape("m", 4, HeadShape(2, 2, 32), 8192, 64))

@@ -16,6 +16,8 @@ from sparseserve.evaluation.evaluation import Evaluation, Setting, settings
 from sparseserve.evaluation.pieces import Piece
 from sparseserve.evaluation.results import Results
 from sparseserve.evaluation.run import partial_file
+from sparseserve.tuning.judge import Objective
+from sparseserve.tuning.report import Tuning
 from sparseserve.tuning.run import OWN_ATTENTION, Asked, Evaluate, tune, write_policy
 from sparseserve.tuning.search import budgets, families, with_budgets
 from tests.helpers.made_up import Lab
@@ -52,11 +54,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def ask(model: str, policies: str, tokens: list[int], evaluate: Evaluate, folder: Path, **changes: object):
+def ask(
+    model: str,
+    policies: str,
+    tokens: list[int],
+    evaluate: Evaluate,
+    folder: Path,
+    objective: Objective = "latency",
+) -> Tuning:
     request = Evaluation(
         model=model, settings=settings(policies, tokens), lengths=(8192,), tasks=("needle",), vllm=VLLM
     )
-    asked = Asked(request, changes.get("objective", "latency"), 0.01, "sparseserve tune")
+    asked = Asked(request, objective, 0.01, "sparseserve tune")
     return tune(asked, folder / "partial", lambda done, total, piece: None, evaluate)
 
 

@@ -28,7 +28,7 @@ def test_the_demo_models_layer_and_why(built: Path, tmp_path: Path) -> None:
     result = calibrate(built, "-o", output, "--lengths", "2048", "--samples", "1", "--budget", "512")
     assert result.exit_code == 0, result.output
     policy = load_policy(str(output), [], {}, str(built))
-    assert policy == Tidal(budget_tokens=512, reselect_layer=RESELECT_LAYER)
+    assert policy == Tidal(budget_tokens=512, reselect_layer=(RESELECT_LAYER,))
     assert yaml.safe_load(output.read_text()) == {
         "models": {"demo": {"policy": "tidal", "budget_tokens": 512, "reselect_layer": RESELECT_LAYER}}
     }
@@ -72,7 +72,7 @@ def test_what_cannot_be_measured_is_said(
 
 
 def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
-    text = policy_file("org/model-[v2]", Tidal(reselect_layer=[4, 9]))
+    text = policy_file("org/model-[v2]", Tidal(reselect_layer=(4, 9)))
     (tmp_path / "policy.yaml").write_text(text)
     policy = load_policy(str(tmp_path / "policy.yaml"), [], {}, "org/model-[v2]")
-    assert policy == Tidal(reselect_layer=[4, 9])
+    assert policy == Tidal(reselect_layer=(4, 9))

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import flash_attn
+from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheTensor, create_kv_cache_views
@@ -38,13 +39,14 @@ from sparseserve.decode.step import StepWorkspace
 from sparseserve.model import ModelShape
 from sparseserve.plugin.backends import cuda as backend_cuda
 from sparseserve.plugin.backends import layers
-from sparseserve.plugin.backends.cuda import SparseCUDABackend, SparseCUDABuilder, SparseCUDAImpl
+from sparseserve.plugin.backends.cuda import SparseCUDABackend, SparseCUDABuilder, SparseCUDAImpl, SparseCUDAMetadata
 from sparseserve.plugin.backends.layers import impl_of
+from sparseserve.plugin.head_memory.attention import GroupedStep
 from sparseserve.plugin.watch import meter
 from sparseserve.plugin.watch.meter import CudaMeter
 from sparseserve.plugin.watch.recall import CudaRecall
 from sparseserve.policies import Policy
-from sparseserve.types import HeadShape
+from sparseserve.types import HeadShape, Step
 
 HEADS = HeadShape(kv_heads=2, queries_per_kv=2, head_dim=64)
 PAGE, LAYERS, MAX_LEN, ROWS, POOL = 64, 3, 448, 8, 48
@@ -124,6 +126,12 @@ class Batch:
             is_prefilling=torch.tensor(self.in_prompt or [False] * len(self.lengths)),
             seq_lens_cpu_upper_bound=lengths,
         )
+
+
+def step_of(metadata: FlashAttentionMetadata | GroupedStep) -> Step | None:
+    """The step of a batch's decode rows, where heads are not grouped."""
+    assert isinstance(metadata, SparseCUDAMetadata)
+    return metadata.step
 
 
 def attention_layers(config: VllmConfig, policy: Policy) -> list[Attention]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from vllm.config import VllmConfig
 from sparseserve.decode.step import StepBuffers, StepWorkspace
 from sparseserve.ops import step_scratch
 from sparseserve.plugin.backends.cuda import SparseCUDABackend
+from sparseserve.plugin.backends.layers import impl_of
 from sparseserve.plugin.watch import meter as stats
 from sparseserve.plugin.watch.requests import ServedRequest
 from sparseserve.policies import S2, Dense, Hip, Policy, Quest, Streaming, Tidal
@@ -33,6 +34,7 @@ from tests.helpers.plugin.cuda_worker import (
     Worker,
     model_shape,
     stand_in_for_flash_attention,
+    step_of,
     vllm_config,
     without_values,
 )
@@ -47,7 +49,7 @@ POLICIES: dict[str, Policy] = {
     "streaming": Streaming(sink_tokens=16, recent_tokens=112, min_tokens=200, kv_memory="shared"),
     "quest": Quest(**COMMON, dense_layers=1),
     "quest-recall": Quest(**COMMON, dense_layers=1, recall_sample=1),
-    "tidal": Tidal(**COMMON, select_layer=1, reselect_layer=1),
+    "tidal": Tidal(**COMMON, select_layer=1, reselect_layer=(1,)),
     "hip": Hip(**COMMON, **HIP),
     "s2": S2(local_blocks=2, stride=2, min_tokens=200),
 }
@@ -94,10 +96,11 @@ def filled(worker: Worker, pages: Tensor, key: Tensor, value: Tensor) -> None:
     prompts = Batch([length - 1 for length in LENGTHS], [length - 1 for length in LENGTHS], [True] * len(LENGTHS))
     common = prompts.metadata(pages, "cpu")
     metadata = worker.builder.build(0, common)
-    assert metadata.step is None
+    assert step_of(metadata) is None
     for layer in range(LAYERS):
         rows = [[half[layer, row, : length - 1] for row, length in enumerate(LENGTHS)] for half in (key, value)]
-        worker.write(layer, metadata, *map(torch.cat, rows), common.slot_mapping)
+        keys, values = map(torch.cat, rows)
+        worker.write(layer, metadata, keys, values, common.slot_mapping)
 
 
 def stepped(worker: Worker, metadata: Any, slots: Tensor, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -164,7 +167,7 @@ def test_rows_attend_to_what_their_requests_asked_for(start: Callable[..., Worke
     pages = page_table(bed)
     filled(worker, pages, key, value)
     asked = RequestOptions(), RequestOptions(dense=True), RequestOptions(budget_tokens=256)
-    worker.builder.serve(Asked(*map(ServedRequest.of, asked)))
+    worker.builder.serve(cast(Any, Asked(*map(ServedRequest.of, asked))))  # has what the builder asks for
     common = DECODE.metadata(pages, "cpu")
     metadata = worker.builder.build(0, common)
     padded = [torch.nn.functional.pad(query, (0, 0, 0, 0, 0, 2)), last_tokens(key, 0), last_tokens(value, 0)]
@@ -186,7 +189,8 @@ def test_prompts_beside_decodes_are_the_parents(start: Callable[..., Worker], la
     filled(worker, pages, key, value)
     common = Batch(LENGTHS, new, [False] * 4 + [True] * 2).metadata(pages, "cpu")
     metadata = worker.builder.build(0, common)
-    assert metadata.step.table.seq_lens.tolist() == LENGTHS[:4]
+    step = step_of(metadata)
+    assert step is not None and step.table.seq_lens.tolist() == LENGTHS[:4]
     tokens = [
         torch.cat(
             [half[:, row, length - many : length] for row, (length, many) in enumerate(zip(LENGTHS, new, strict=True))],
@@ -207,8 +211,9 @@ def test_prompts_beside_decodes_are_the_parents(start: Callable[..., Worker], la
 def test_batches_of_short_rows_are_the_parents_unless_captured(start: Callable[..., Worker]) -> None:
     worker = start(POLICIES["quest"])
     common = Batch(SHORT, [1, 1]).metadata(torch.zeros(2, 7, dtype=torch.int32), "cpu")
-    assert worker.builder.build(0, common).step is None
-    step = worker.builder.build_for_cudagraph_capture(common).step
+    assert step_of(worker.builder.build(0, common)) is None
+    step = step_of(worker.builder.build_for_cudagraph_capture(common))
+    assert step is not None and step.row_budget is not None
     assert step.row_budget.flatten().tolist() == SHORT
 
 
@@ -222,7 +227,7 @@ def test_no_step_waits_for_the_device(
     common = batch.metadata(torch.zeros(8, 7, dtype=torch.int32), "meta")
     for build in (worker.builder.build_for_cudagraph_capture, lambda common: worker.builder.build(0, common)):
         metadata = build(common)
-        assert metadata.step is not None
+        assert step_of(metadata) is not None
         tokens = common.num_actual_tokens
         query, key, value = (torch.empty(LAYERS, tokens, heads, 64, device="meta").bfloat16() for heads in (4, 2, 2))
         stepped(worker, metadata, common.slot_mapping, query, key, value)
@@ -233,7 +238,9 @@ def test_every_step_has_the_same_buffers(start: Callable[..., Worker], policy: P
     pages = torch.zeros(8, 7, dtype=torch.int32)
 
     def addresses(lengths: list[int]) -> list[int]:
-        step = worker.builder.build_for_cudagraph_capture(Batch(lengths, [1] * 4).metadata(pages, "cpu")).step
+        batch = Batch(lengths, [1] * 4).metadata(pages, "cpu")
+        step = step_of(worker.builder.build_for_cudagraph_capture(batch))
+        assert step is not None and step.row_budget is not None
         chosen = step.selection, step.everything
         buffers = [part for each in chosen for part in (each.spans, each.units, each.count)]
         buffers += [step.windows, step.scores, step.lse, step.attended, step.attended_dense, step.row_budget]
@@ -272,7 +279,8 @@ def test_pages_have_room_for_summaries_in_both_layouts(start: Callable[..., Work
     assert [layout.name for layout in SparseCUDABackend.supported_kv_cache_layouts()] == ["LBHNC", "LBNHC"]
     for layer, cache in zip(worker.layers, worker.caches, strict=True):
         assert cache.shape == (POOL, heads.kv_heads, PAGE, 2 * heads.head_dim)
-        bound = layer.impl.bound(cache)
+        bound = impl_of(layer).bound(cache)
+        assert bound.page_state is not None
         bound.page_state.fill_(7)
         assert not cache.any()  # summaries lie outside of keys and values
         bound.kv.key.fill_(1), bound.kv.value.fill_(2)

@@ -30,12 +30,13 @@ from tests.helpers.plugin.cuda_worker import (
     Worker,
     only_resource,
     stand_in_for_flash_attention,
+    step_of,
     vllm_config,
 )
 
 pytestmark = pytest.mark.vllm
 Start = Callable[[Policy], Worker]
-TIDAL = Tidal(select_layer=1, reselect_layer=1)
+TIDAL = Tidal(select_layer=1, reselect_layer=(1,))
 
 
 @pytest.fixture
@@ -62,9 +63,9 @@ def test_the_profiling_run_allocates_what_the_builder_takes(start: Start, worksp
     current_workspace_manager().lock()
     builder = SparseCUDABuilder(worker.spec, [layer.layer_name for layer in worker.layers], worker.config, CPU)
     memory = only_resource()
-    step = builder.build_for_cudagraph_capture(
-        Batch([448] * 8, [1] * 8).metadata(torch.zeros(8, 7, dtype=torch.int32), "cpu")
-    ).step
+    batch = Batch([448] * 8, [1] * 8).metadata(torch.zeros(8, 7, dtype=torch.int32), "cpu")
+    step = step_of(builder.build_for_cudagraph_capture(batch))
+    assert step is not None
     assert step.scores.data_ptr() == memory.scores.data_ptr() and memory.nbytes == 8 * 2 * MAX_LEN * 4
 
 

@@ -14,13 +14,17 @@ from torch import Tensor
 pytest.importorskip("vllm")
 
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.utils import clear_layer_kv_caches
 from vllm.v1.worker.workspace import current_workspace_manager, init_workspace_manager, reset_workspace_manager
 
 from sparseserve.decode.step import StepWorkspace
 from sparseserve.errors import UnsupportedError
-from sparseserve.plugin.backends.cuda import SparseCUDABackend
+from sparseserve.plugin.backends.cuda import SparseCUDABackend, SparseCUDABuilder
+from sparseserve.plugin.backends.layers import impl_of
 from sparseserve.plugin.head_memory import manager
+from sparseserve.plugin.head_memory.attention import GroupedHeads
 from sparseserve.plugin.watch import meter as stats
 from sparseserve.policies import Dense, Moa, Policy, Retrieval, Streaming
 from sparseserve.testing import target
@@ -48,6 +52,7 @@ DECODE = Batch(LENGTHS, [1] * 5, padding=2)
 ALL = list(range(len(LENGTHS)))
 SHAPE = model_shape()
 Start = Callable[..., GroupedWorker]
+Tokens = tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +102,7 @@ def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     measured = StepWorkspace.allocate
 
     def allocate(*arguments: Any) -> StepWorkspace:
-        like = measured(*arguments[:-1], torch.device("meta"))
+        like = measured(*(*arguments[:-1], torch.device("meta")))
         assert like.scratch is not None
         return StepWorkspace(torch.zeros(like.scores.shape), torch.zeros(like.scratch.shape))
 
@@ -107,13 +112,20 @@ def simulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def tokens() -> tuple[Tensor, Tensor, Tensor]:
+def tokens() -> Tokens:
     """Query [L, B, T, Hq, D], key and value [L, B, T, H, D] of all rows."""
     random = torch.Generator().manual_seed(3)
     shape, heads = (LAYERS, len(LENGTHS), MAX_LEN), SHAPE.heads
     query = torch.randn(*shape, heads.query_heads, heads.head_dim, generator=random)
     key, value = torch.randn(2, *shape, heads.kv_heads, heads.head_dim, generator=random)
     return query.bfloat16() * 2, key.bfloat16(), value.bfloat16()
+
+
+def grouped(layer: Attention) -> GroupedHeads:
+    """The groups of a layer's heads."""
+    heads = impl_of(layer).heads
+    assert heads is not None
+    return heads
 
 
 def new_tokens(half: Tensor, batch: Batch, rows: list[int]) -> Tensor:
@@ -123,14 +135,12 @@ def new_tokens(half: Tensor, batch: Batch, rows: list[int]) -> Tensor:
     return torch.nn.functional.pad(mine, (0, 0, 0, 0, 0, batch.padding), value=torch.nan)
 
 
-def step(
-    worker: GroupedWorker, tokens: tuple[Tensor, ...], batch: Batch, rows: list[int], capture: bool = False
-) -> Tensor:
+def step(worker: GroupedWorker, tokens: Tokens, batch: Batch, rows: list[int], capture: bool = False) -> Tensor:
     """The outputs [L, T, Hq, D] of a batch."""
     return worker.run(*worker.build(batch, rows, capture), *(new_tokens(half, batch, rows) for half in tokens))
 
 
-def filled(worker: GroupedWorker, tokens: tuple[Tensor, ...], rows: list[int]) -> GroupedWorker:
+def filled(worker: GroupedWorker, tokens: Tokens, rows: list[int]) -> GroupedWorker:
     """The worker once `rows` have all tokens but the last, with what they free spoilt."""
     before = [LENGTHS[row] - 1 for row in rows]
     batch = Batch(before, before, [True] * len(rows))
@@ -141,7 +151,7 @@ def filled(worker: GroupedWorker, tokens: tuple[Tensor, ...], rows: list[int]) -
     return worker
 
 
-def expected_decode(policy: Policy, tokens: tuple[Tensor, ...]) -> Tensor:
+def expected_decode(policy: Policy, tokens: Tokens) -> Tensor:
     """What the last tokens of all rows get [L, B, Hq, D] where all heads keep everything."""
     query = torch.stack([tokens[0][:, row, length - 1] for row, length in enumerate(LENGTHS)], 1)
     sparse, dense = (Bed(which, SHAPE, LENGTHS).fill(*tokens[1:]).decode(query).out for which in (policy, Dense()))
@@ -151,7 +161,7 @@ def expected_decode(policy: Policy, tokens: tuple[Tensor, ...]) -> Tensor:
 
 @pytest.mark.parametrize("captured", [False, True])
 def test_a_decode_batch_attends_to_the_windows_of_its_heads(
-    start: Start, simulator: None, tokens: tuple[Tensor, ...], policy: Policy, captured: bool
+    start: Start, simulator: None, tokens: Tokens, policy: Policy, captured: bool
 ) -> None:
     worker = filled(start(policy), tokens, ALL)
     null = worker.groups.pages[0].clone()
@@ -172,7 +182,7 @@ def masks(policy: Policy, plan: LayerPlan, length: int) -> Tensor:
     return seen.repeat_interleave(SHAPE.heads.query_heads // len(seen), 0)
 
 
-def expected_prompt(policy: Policy, tokens: tuple[Tensor, ...], row: int) -> Tensor:
+def expected_prompt(policy: Policy, tokens: Tokens, row: int) -> Tensor:
     """What all tokens of a row get, [L, T, Hq, D]."""
     length = LENGTHS[row]
     query, key, value = (half[:, row, :length].transpose(1, 2).float() for half in tokens)
@@ -181,7 +191,7 @@ def expected_prompt(policy: Policy, tokens: tuple[Tensor, ...], row: int) -> Ten
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen).transpose(1, 2)
 
 
-def prompt(worker: GroupedWorker, tokens: tuple[Tensor, ...], row: int, chunks: list[int]) -> Tensor:
+def prompt(worker: GroupedWorker, tokens: Tokens, row: int, chunks: list[int]) -> Tensor:
     """What all tokens of a row get, chunk by chunk, beside a row that decodes; what is freed is spoilt."""
     beside = filled(worker, tokens, [0])
     done, outs = 0, []
@@ -194,7 +204,7 @@ def prompt(worker: GroupedWorker, tokens: tuple[Tensor, ...], row: int, chunks: 
 
 
 def test_prompts_attend_to_the_same_windows_whatever_their_chunks(
-    start: Start, simulator: None, tokens: tuple[Tensor, ...], policy: Policy
+    start: Start, simulator: None, tokens: Tokens, policy: Policy
 ) -> None:
     row, length = 2, LENGTHS[2]
     expected = expected_prompt(policy, tokens, row)
@@ -202,7 +212,7 @@ def test_prompts_attend_to_the_same_windows_whatever_their_chunks(
         prompt(start(policy), tokens, row, chunks) for chunks in ([length], [64] * 4 + [44], [99, 1, 150, 49, 1])
     )
     torch.testing.assert_close(whole.float(), expected, rtol=2e-2, atol=2e-2)
-    heads = [layer.impl.heads for layer in start(policy).layers]
+    heads = [grouped(layer) for layer in start(policy).layers]
     for out in chunked:
         torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=2e-2)
         for layer, mine in enumerate(heads):
@@ -211,11 +221,12 @@ def test_prompts_attend_to_the_same_windows_whatever_their_chunks(
 
 
 def test_heads_that_free_no_page_attend_to_everything_in_prompts_and_in_decode(
-    start: Start, simulator: None, tokens: tuple[Tensor, ...], policies: dict[str, Policy]
+    start: Start, simulator: None, tokens: Tokens, policies: dict[str, Policy]
 ) -> None:
     policy = policies["rounded"]
     worker, plans = start(policy), policy.plans(SHAPE)
-    assert [layer.impl.heads.full.kv.tolist() for layer in worker.layers] == [[0]] * LAYERS
+    full = [grouped(layer).full for layer in worker.layers]
+    assert [heads.kv.tolist() for heads in full if heads is not None] == [[0]] * LAYERS
     assert all(masks(policy, plan, MAX_LEN)[0, -1].all() for plan in plans)
     expected = expected_prompt(policy, tokens, 1)
     for chunks in ([448], [446, 1, 1]):
@@ -224,7 +235,7 @@ def test_heads_that_free_no_page_attend_to_everything_in_prompts_and_in_decode(
 
 
 def test_a_replayed_step_reads_what_the_builder_wrote_for_its_batch(
-    start: Start, simulator: None, tokens: tuple[Tensor, ...], policy: Policy
+    start: Start, simulator: None, tokens: Tokens, policy: Policy
 ) -> None:
     """A graph has the addresses of the batch that it was captured with, vLLM's own buffers among them."""
     worker = start(policy)
@@ -241,7 +252,7 @@ def test_a_replayed_step_reads_what_the_builder_wrote_for_its_batch(
 
 
 def test_what_a_step_leaves_does_not_reach_the_next(
-    start: Start, simulator: None, tokens: tuple[Tensor, ...], policy: Policy
+    start: Start, simulator: None, tokens: Tokens, policy: Policy
 ) -> None:
     last = Batch([448, 300, 20], [1, 1, 20], [False, False, True]), [1, 2, 4]
     fresh = step(filled(start(policy), tokens, ALL), tokens, *last)
@@ -252,7 +263,7 @@ def test_what_a_step_leaves_does_not_reach_the_next(
 
 
 def test_pages_can_be_allocated_anew(
-    start: Start, simulator: None, tokens: tuple[Tensor, ...], policies: dict[str, Policy]
+    start: Start, simulator: None, tokens: Tokens, policies: dict[str, Policy]
 ) -> None:
     """vLLM profiles its graphs on pages that it throws away."""
     worker = filled(start(policies["moa"]), tokens, ALL)
@@ -265,7 +276,7 @@ def test_pages_can_be_allocated_anew(
 
 @pytest.mark.parametrize("batch", [DECODE, Batch(LENGTHS, [1, 1, 1, 50, 20], [False] * 3 + [True] * 2)], ids=str)
 def test_no_step_waits_for_the_device(
-    start: Start, tokens: tuple[Tensor, ...], policy: Policy, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    start: Start, tokens: Tokens, policy: Policy, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors of the device `meta` have no values: reading one raises, and so does a shape that depends on one."""
     without_values(monkeypatch)
@@ -276,18 +287,20 @@ def test_no_step_waits_for_the_device(
 
 
 def test_prompts_need_no_schedule_of_one_number_of_heads(
-    start: Start, tokens: tuple[Tensor, ...], policies: dict[str, Policy]
+    start: Start, tokens: Tokens, policies: dict[str, Policy]
 ) -> None:
     """FA3 is given one by vLLM's builder, which would ask for it here, where there is none to ask."""
     worker = start(policies["retrieval"])
-    worker.attention[0][0].get_metadata_builder().aot_schedule = True
+    builder = worker.attention[0][0].get_metadata_builder()
+    assert isinstance(builder, SparseCUDABuilder)
+    builder.aot_schedule = True
     metadata, _ = worker.build(Batch([300, 150], [300, 150], [True, True]), [2, 3])
     of_heads = metadata[worker.layers[0].layer_name].vllm
     assert {heads: mine.scheduler_metadata for heads, mine in of_heads.items()} == {1: None, 2: None}
 
 
 def test_the_profiling_run_allocates_what_the_builder_takes(
-    start: Start, simulator: None, tokens: tuple[Tensor, ...], policies: dict[str, Policy]
+    start: Start, simulator: None, tokens: Tokens, policies: dict[str, Policy]
 ) -> None:
     init_workspace_manager(CPU)
     try:
@@ -299,14 +312,16 @@ def test_the_profiling_run_allocates_what_the_builder_takes(
         group = worker.attention[0][0]
         group.create_metadata_builders(worker.config, CPU)
         memory = only_resource()
-        scratches = [layer.impl.heads.scratch for layer in worker.layers]
-        assert {scratch.data_ptr() for scratch in scratches} == {memory.scratch.data_ptr()}
+        assert memory.scratch is not None
+        scratches = [grouped(layer).scratch for layer in worker.layers]
+        places = {None if scratch is None else scratch.data_ptr() for scratch in scratches}
+        assert places == {memory.scratch.data_ptr()}
     finally:
         reset_workspace_manager()
 
 
 def test_tokens_of_rows_under_the_policy_are_counted(
-    start: Start, simulator: None, tokens: tuple[Tensor, ...], policies: dict[str, Policy]
+    start: Start, simulator: None, tokens: Tokens, policies: dict[str, Policy]
 ) -> None:
     policy = policies["retrieval-long"]
     worker = filled(start(policy), tokens, ALL)
@@ -324,6 +339,7 @@ def test_pages_of_another_size_than_the_groups_were_made_for_are_refused(
 ) -> None:
     worker = start(policies["retrieval"])
     spec = worker.layers[0].get_kv_cache_spec(worker.config)
+    assert isinstance(spec, AttentionSpec)
     with pytest.raises(UnsupportedError, match="--block-size = 64 .*128.*give --block-size 128"):
         SparseCUDABackend.customize_spec(replace(spec, block_size=2 * PAGE))
 

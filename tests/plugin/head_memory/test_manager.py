@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.request import Request
 
 from sparseserve.footprint.groups import HeadWindow, Storage
@@ -51,6 +52,13 @@ def computed(manager: KVCacheManager, name: str, prompt: Sequence[int], chunk: i
     while row.num_computed_tokens < row.num_tokens:
         assert advance(manager, row, chunk)
     return row
+
+
+def most_blocks(window: HeadWindow, chunk: int) -> int:
+    """Blocks that a row is counted for."""
+    pages = spec(window, 0)
+    assert isinstance(pages, SinkWindowSpec)
+    return pages.max_admission_blocks_per_request(chunk, MAX_LEN)
 
 
 def test_what_is_between_sink_and_window_is_freed() -> None:
@@ -173,7 +181,7 @@ SPANS = st.builds(
 @given(SPANS, st.integers(1, 40))
 @settings(max_examples=150, deadline=None)
 def test_no_row_holds_more_than_it_is_counted_for(window: HeadWindow, chunk: int) -> None:
-    most = spec(window, 0).max_admission_blocks_per_request(chunk, MAX_LEN)
+    most = most_blocks(window, chunk)
     manager = page_manager([window], most + 1, in_flight=chunk)
     assert manager.coordinator.single_type_managers[0].max_admission_blocks_per_request == most
     row = request("row", range(MAX_LEN))
@@ -183,7 +191,7 @@ def test_no_row_holds_more_than_it_is_counted_for(window: HeadWindow, chunk: int
 
 
 def test_a_row_is_let_in_when_what_it_holds_at_a_time_has_room() -> None:
-    most = spec(SHORT, 0).max_admission_blocks_per_request(8, MAX_LEN)
+    most = most_blocks(SHORT, 8)
     assert most == 7 < MAX_LEN // PAGE  # two of the sink, two of the window, two of the chunk, one more
     assert not advance(page_manager([SHORT], most, in_flight=8), request("row", range(MAX_LEN)), 8)
     computed(page_manager([SHORT], most + 1, in_flight=8), "row", range(MAX_LEN), 8)

@@ -108,7 +108,7 @@ class Schedules(RuleBasedStateMachine):
 
     @invariant()
     def shared_blocks_are_full_pages_of_the_same_tokens(self) -> None:
-        pages = {}
+        pages: dict[int, tuple[int, int, int | str]] = {}  # block -> group, page, last token or request
         for row in self.running:
             tokens = known(row.all_token_ids)
             for group, blocks in enumerate(blocks_of(self.server.manager, row.request_id)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -94,7 +94,7 @@ def test_shared_pages_hold_everything_and_free_nothing() -> None:
     dense = 24 * PAGE * 2 * 64 * 2
     kinds, gone, gain = counted(Quest(), [0, 100, 1999], [64, 101, 2000])
     assert kinds == {"full": 35 * dense, "window": 0, "summaries": 35 * dense / 32, "dense_equivalent": 35 * dense}
-    assert (gone, gain) == (0, pytest.approx(32 / 33))
+    assert gone == 0 and gain == pytest.approx(32 / 33)
 
 
 def test_rows_and_what_they_free_are_counted_on_one_rank() -> None:
@@ -120,7 +120,7 @@ class TwoWorkers:
 def test_bytes_of_ranks_add_up_and_the_gain_is_one() -> None:
     kinds, _, gain = counted(Streaming(), [4999], [5000])
     metrics = WorkerMetrics()
-    asyncio.run(metrics.refresh(TwoWorkers()))
+    asyncio.run(metrics.refresh(cast(Any, TwoWorkers())))  # is asked for nothing else
     samples = {(s.name, s.labels.get("kind")): s.value for metric in metrics.collect() for s in metric.samples}
     assert samples["sparseserve_kv_bytes", "window"] == 2 * kinds["window"] > 0
     assert samples["sparseserve_kv_capacity_gain", None] == gain

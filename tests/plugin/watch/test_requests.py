@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def runner() -> Runner:
 
 @pytest.fixture
 def requests(runner: Runner) -> ServedRequests:
-    table = ServedRequests(POLICY, runner)
+    table = ServedRequests(POLICY, cast(Any, runner))  # has what is read of one
     table.update(scheduled({"a": None, "b": DENSE, "c": SMALL, "d": {"other": 1}}))
     return table
 
@@ -129,7 +129,7 @@ def test_ended_requests_do_not_pile_up(requests: ServedRequests) -> None:
 def test_options_that_cannot_be_followed_are_counted_and_never_kill_the_worker(policy: Policy, xargs: Any) -> None:
     metrics.IGNORED_OPTIONS.labels(policy.name)  # is there from now on
     before = value("sparseserve_ignored_options_total", policy=policy.name)
-    table = ServedRequests(policy, runner := Runner())
+    table = ServedRequests(policy, cast(Any, runner := Runner()))  # has what is read of one
     table.update(scheduled({"x": xargs}))
     runner.input_batch.req_ids = ["x"]
     (row,) = table.rows(batch(1))

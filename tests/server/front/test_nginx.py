@@ -112,7 +112,7 @@ def test_nginx_closes_idle_connections_before_the_server_does() -> None:
     ],
 )
 def test_what_clients_need_passes(port: int, method: str, path: str) -> None:
-    assert ask(port, method, path, **{"X-Request-Id": "claimed"}) == 200
+    assert ask(port, method, path, b"", **{"X-Request-Id": "claimed"}) == 200
     *seen, request_id = Upstream.seen[-1]
     assert seen == [method, path]
     assert re.fullmatch("[0-9a-f]{32}", request_id or "")
@@ -146,7 +146,7 @@ def test_nothing_else_passes(port: int, method: str, path: str) -> None:
 def test_large_bodies_do_not_reach_the_server(port: int) -> None:
     before = len(Upstream.seen)
     assert ask(port, "POST", "/v1/chat/completions", b"x" * 2**25) == 200
-    assert ask(port, "POST", "/v1/chat/completions", **{"Content-Length": str(2**25 + 1)}) == 413
+    assert ask(port, "POST", "/v1/chat/completions", b"", **{"Content-Length": str(2**25 + 1)}) == 413
     assert len(Upstream.seen) == before + 1
 
 

@@ -15,6 +15,7 @@ from sparseserve.errors import ConfigError
 from sparseserve.ops.library import kernels
 from sparseserve.server.launch import serve as launch
 from sparseserve.server.launch.serve import main, prepare
+from sparseserve.server.launch.supervise import SERVER_ENDED
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_models", "environment")]
 
@@ -59,14 +60,19 @@ def test_the_cap_on_bodies_reaches_the_api_server_and_the_printed_command(
     monkeypatch.setenv("SPARSESERVE_MAX_REQUEST_BYTES", "1")  # the flag wins
     monkeypatch.setattr("vllm.entrypoints.cli.serve.ServeSubcommand.cmd", lambda args: None)
     flags = ["--policy", "quest", "--max-request-bytes", "1000"]
-    assert launch.main([*flags, "--", models["llama"], "--skip-tokenizer-init"]) == launch.SERVER_ENDED
+    assert launch.main([*flags, "--", models["llama"], "--skip-tokenizer-init"]) == SERVER_ENDED
     assert "SPARSESERVE_MAX_REQUEST_BYTES=1000 " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("given", "code"), [("1000", 0), ("0", 2), ("32M", 2)])
 def test_the_cap_is_a_number_of_bytes(monkeypatch: pytest.MonkeyPatch, given: str, code: int) -> None:
     commands: list[list[str]] = []
-    monkeypatch.setattr(serve, "supervise", lambda command: commands.append(command) or 0)
+
+    def supervise(command: list[str]) -> int:
+        commands.append(command)
+        return 0
+
+    monkeypatch.setattr(serve, "supervise", supervise)
     result = CliRunner().invoke(app, ["serve", "--max-request-bytes", given, "model"])
     assert result.exit_code == code
     assert [command[3:5] for command in commands] == ([["--max-request-bytes", "1000"]] if not code else [])

@@ -164,7 +164,7 @@ def test_an_engine_too_busy_to_answer_leaves_the_latest_numbers(monkeypatch: pyt
     registry, metrics = CollectorRegistry(), WorkerMetrics()
     registry.register(metrics)
     assert live(registry).decode_rows is None
-    engine = BusyEngine()
+    engine: Any = BusyEngine()  # in place of vLLM's client
 
     async def work() -> None:
         await metrics.refresh(engine)
