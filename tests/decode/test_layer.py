@@ -14,8 +14,9 @@ from sparseserve.config import from_dict
 from sparseserve.decode.layer import decode_layer
 from sparseserve.model import ModelShape
 from sparseserve.policies import Policy
+from sparseserve.policies.base import SparseLayer
 from sparseserve.testing.bed import Bed
-from sparseserve.types import HeadShape, LayerPlan, PageTable, Role, SparseLayer, Step
+from sparseserve.types import HeadShape, LayerPlan, PageTable, Role, Step
 
 UNIT, LENGTHS = 32, [160, 320]
 SELECT, REUSE, DENSE = (Role.SELECT, False), (Role.REUSE, False), (Role.DENSE, True)
