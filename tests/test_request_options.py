@@ -92,13 +92,14 @@ def test_another_policy_cannot_be_asked_for(value: object) -> None:
         ("m@budget-007", ("m", {BUDGET: 7})),
         ("a@home", ("a@home", {})),  # a name, though it looks like an alias
         ("a@home@dense", ("a@home", {POLICY: "dense"})),
+        ("m@home", ("m@home", {})),  # and begins like a name
         ("other@dense", ("other@dense", {})),  # of no model here
         ("@dense", ("@dense", {})),
         ("", ("", {})),
     ],
 )
 def test_an_alias_is_a_name_and_a_choice(model: str, expected: tuple[str, dict[str, Any]]) -> None:
-    assert read_alias(model, ["m", "a@home"]) == expected
+    assert read_alias(model, ["m", "a@home", "m@home"]) == expected
 
 
 @pytest.mark.parametrize(

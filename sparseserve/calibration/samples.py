@@ -139,7 +139,7 @@ def _ids(subject: Subject, text: str) -> list[int]:
 
 
 def _tokenize(tokenizer: object, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # type: ignore[operator]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # type: ignore[operator]  # transformers types no call
     return ids
 
 

@@ -14,6 +14,7 @@ from sparseserve.decode.step import PROMPT_PIECE, StepBuffers, StepWorkspace
 from sparseserve.ops import step_scratch
 from sparseserve.policies import Policy
 from sparseserve.types import CPU, POLICY_BUDGET, PageTable, Step
+from tests.helpers.artifact_files import moa_plan
 from tests.helpers.contract import CASES, MODEL
 
 HEADS, ROWS = MODEL.heads, 8
@@ -26,6 +27,7 @@ def named(policy: str, **settings: Any) -> Policy:
 
 
 MEASURING = named("quest", dense_layers=1, recall_sample=0.5)
+SHORT = named("moa", artifact=moa_plan([[0.0] * 4] * 5, [[0.1] * 4] * 5), kv_memory="shared")
 WINDOWED = named("streaming", kv_memory="shared", recall_sample=0.5)
 
 
@@ -66,12 +68,12 @@ def test_the_budget_of_a_row(whole: Tensor | None, own: list[int] | None, expect
     assert step.everything.spans.tolist() == [[[length] * 2] for length in LENGTHS]
 
 
-@pytest.mark.parametrize("name", ["retrieval", "moa"])  # layers that are dense, and windows that grow from page to page
-def test_windows_are_those_of_the_plans_and_whole_rows_have_all(name: str) -> None:
-    policy = CASES[name]
+# layers that are dense; windows that grow from page to page, from a minimum on
+@pytest.mark.parametrize("policy", [CASES["retrieval"], SHORT], ids=lambda policy: policy.name)
+def test_windows_are_those_of_the_plans_and_whole_rows_have_all(policy: Policy) -> None:
     step = buffers(policy).step(table(LENGTHS), WHOLE)
     windows = {plan.layer: plan.window for plan in policy.plans(MODEL) if plan.window is not None}
-    assert step.windows.shape == (5, len(LENGTHS), 2, 2) and len(windows) == (4 if name == "retrieval" else 5)
+    assert step.windows.shape == (5, len(LENGTHS), 2, 2) and len(windows) == (4 if policy.name == "retrieval" else 5)
     for layer, window in windows.items():
         assert torch.equal(step.windows[layer, 1:], window.spans(step.table.seq_lens)[1:])
         assert [tokens(spans, 385) for spans in step.windows[layer, 0]] == [[*range(385)]] * 2

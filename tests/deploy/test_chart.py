@@ -90,7 +90,7 @@ def test_bad_values_are_refused(case: str, refused: dict[str, str]) -> None:
 def test_the_server_understands_its_options(case: str, manifests: list[Manifest]) -> None:
     values = {model["name"]: model for model in GOOD[case]["models"]}
     for pod, server in servers(manifests):
-        command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+        command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]  # a group has commands
         context = command.make_context("serve", list(server["args"]))
         model = values[pod["metadata"]["labels"]["model"]]
         understood = parse(context.args)

@@ -65,7 +65,7 @@ def test_no_other_service_is_given_the_servers_address() -> None:
     (pool,) = yaml.safe_load(FILE.read_text())["networks"]["default"]["ipam"]["config"]
     address = ipaddress.ip_address(SERVICES["sparseserve"]["networks"]["default"]["ipv4_address"])
     subnet, others = (ipaddress.ip_network(pool[key]) for key in ("subnet", "ip_range"))
-    assert address in subnet and address not in others and others.subnet_of(subnet)  # type: ignore[arg-type]
+    assert address in subnet and address not in others and others.subnet_of(subnet)  # type: ignore[arg-type]  # both are IPv4
 
 
 @every_service
@@ -118,7 +118,7 @@ def test_prometheus_takes_what_is_mounted(tmp_path: Path) -> None:
 @pytest.fixture
 def unit() -> configparser.SectionProxy:
     parser = configparser.ConfigParser(strict=False, interpolation=None)
-    parser.optionxform = str  # type: ignore[assignment, method-assign]
+    parser.optionxform = str  # type: ignore[assignment, method-assign]  # as its documentation says
     parser.read(UNIT)
     return parser["Service"]
 

@@ -47,14 +47,14 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        fake: FakeServer = self.server.fake  # type: ignore[attr-defined]
+        fake: FakeServer = self.server.fake  # type: ignore[attr-defined]  # put there below
         if self.path == "/v1/models":
             self._send({"object": "list", "data": [{"id": "fake", "object": "model", "max_model_len": fake.max_len}]})
         else:
             self._send(fake.metrics(), "text/plain")
 
     def do_POST(self) -> None:
-        fake: FakeServer = self.server.fake  # type: ignore[attr-defined]
+        fake: FakeServer = self.server.fake  # type: ignore[attr-defined]  # put there below
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         fake.requests.append((self.path, body))
         if "messages" in body:
@@ -94,8 +94,8 @@ class FakeServer:
 
     def events(self, body: dict[str, Any]) -> Iterator[str]:
         """The chunks of a streamed answer, a byte each."""
-        (name,) = ASKED.search(body["prompt"]).groups()  # type: ignore[union-attr]
-        answer = re.search(rf"The pass key of {name} is (\w+)\.", body["prompt"])[1]  # type: ignore[index]
+        (name,) = ASKED.search(body["prompt"]).groups()  # type: ignore[union-attr]  # every prompt asks
+        answer = re.search(rf"The pass key of {name} is (\w+)\.", body["prompt"])[1]  # type: ignore[index]  # every prompt tells it
         common = {"id": "1", "object": "text_completion", "created": 0, "model": "fake"}
         for letter in answer:
             choice = {"index": 0, "text": letter, "token_ids": [ord(letter)], "finish_reason": None}
@@ -123,7 +123,7 @@ class Fakes:
         process = subprocess.Popen(["sleep", "1000"])
         (log := self.folder / "log").write_text("loading ... Killed")
         http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        http.fake = fake = self.make(process)  # type: ignore[attr-defined]
+        http.fake = fake = self.make(process)  # type: ignore[attr-defined]  # for its handlers
         self.served.append(str(setting))
         self.servers.append(fake)
         threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()

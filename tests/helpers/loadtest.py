@@ -36,8 +36,8 @@ def scenario(**changes: Any) -> Scenario:
 
 def right(prompt: str) -> str:
     """The pass key that is asked for."""
-    (name,) = ASKED.search(prompt).groups()  # type: ignore[union-attr]
-    return re.search(rf"The pass key of {name} is (\w+)\.", prompt)[1] + "."  # type: ignore[index]
+    (name,) = ASKED.search(prompt).groups()  # type: ignore[union-attr]  # every prompt asks
+    return re.search(rf"The pass key of {name} is (\w+)\.", prompt)[1] + "."  # type: ignore[index]  # every prompt tells it
 
 
 class FakeBench:
@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        fake: FakeServer = self.server.fake  # type: ignore[attr-defined]
+        fake: FakeServer = self.server.fake  # type: ignore[attr-defined]  # put there below
         if self.path == "/v1/models":
             self._send(json.dumps({"data": [{"id": "fake"}]}))
         elif self.path == "/metrics":
@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def do_POST(self) -> None:
-        fake: FakeServer = self.server.fake  # type: ignore[attr-defined]
+        fake: FakeServer = self.server.fake  # type: ignore[attr-defined]  # put there below
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/tokenize":
             ids = list(body["prompt"].encode())
@@ -167,7 +167,7 @@ class FakeServer:
     def listening(self) -> Iterator[str]:
         """The URL of the server, for the block."""
         http = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        http.fake = self  # type: ignore[attr-defined]
+        http.fake = self  # type: ignore[attr-defined]  # for its handlers
         threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield f"http://127.0.0.1:{http.server_port}"

@@ -96,7 +96,7 @@ def test_rows_are_independent(point: dict[str, Any], isa: str) -> None:
     arguments = make({**point, "rows": 9})
     together = measured(arguments)
     for rows in ([8], [3, 0], list(range(8, -1, -1))):
-        for found, full in zip(measured(tuple(x[rows] for x in arguments)), together, strict=True):  # type: ignore[arg-type]
+        for found, full in zip(measured(tuple(x[rows] for x in arguments)), together, strict=True):  # type: ignore[arg-type]  # four tensors
             assert torch.equal(found, full[rows])
 
 

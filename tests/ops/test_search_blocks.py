@@ -337,7 +337,7 @@ def test_a_smooth_bump_is_found_in_a_long_row(peak: int) -> None:
         (Rules(sink=12), r"sink\[0\] must be a multiple of 8, not 12"),
         (Rules(chunk_tokens=(64, 12, 8)), r"chunk_tokens\[0\] must be a multiple"),
         (Rules(refresh_steps=(16, 0, 4)), r"refresh_steps\[1\] must be positive"),
-        (Rules(refresh_steps=(16, 4)), "refresh_steps must have 3 elements, not 2"),  # type: ignore[arg-type]
+        (Rules(refresh_steps=(16, 4)), "refresh_steps must have 3 elements, not 2"),  # type: ignore[arg-type]  # that is what is wrong
     ],
 )
 def test_wrong_rules_are_refused(rules: Rules, message: str) -> None:

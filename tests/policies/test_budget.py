@@ -69,11 +69,11 @@ def test_the_largest_budget_is_one_that_somebody_may_have(settings: dict[str, An
     [(None, [1024, 1500]), (512, [1024, 1500]), (200, [400, 800, 1500]), (749, [1498, 1500]), (1500, []), (9999, [])],
 )
 def test_a_budget_doubles_up_to_the_largest_and_then_no_more(start: int | None, steps: list[int]) -> None:
-    budgets, seen = quest(max_budget_tokens=1500).budgets, []
+    budgets = quest(max_budget_tokens=1500).budgets
     assert budgets is not None
-    while (start := budgets.wider(start)) is not None:
-        seen.append(start)
-    assert seen == steps
+    for wider in (*steps, None):
+        assert budgets.wider(start) == wider
+        start = wider
 
 
 @pytest.mark.parametrize("max_len", [1, 300, 513, 1000, 8192])

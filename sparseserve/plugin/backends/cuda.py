@@ -39,6 +39,7 @@ from sparseserve.plugin.head_memory.attention import GroupedStep, GroupedSteps
 from sparseserve.plugin.settings import head_shape, model_shape, policy_of
 from sparseserve.plugin.support.checks import check_worker, cuda_problems
 from sparseserve.plugin.support.cuda import CUDA_HEAD_SIZES
+from sparseserve.plugin.vllm_version import runner_of
 from sparseserve.plugin.watch.meter import CudaMeter
 from sparseserve.plugin.watch.recall import CudaRecall, Draw
 from sparseserve.plugin.watch.requests import RowOptions
@@ -135,7 +136,7 @@ class SparseCUDABuilder(SparseBuilder, FlashAttentionMetadataBuilder):
         memory = step_workspace(config, policy, heads, self.device)
         self._buffers = StepBuffers(policy, plans, heads, rows, model.max_len, self.device, memory)
         mine = [plans[extract_layer_index(name)] for name in layers]
-        runner = "V2" if config.use_v2_model_runner else "V1"
+        runner = runner_of(config)
         self._recall = CudaRecall(policy, mine, self._buffers.measurement)
         self._meter = CudaMeter(policy, mine, len(plans), self.device, runner, config.parallel_config.rank)
         scratch = memory.scratch

@@ -1,7 +1,7 @@
 """The metrics of a worker process, by name.
 
 With several API servers vLLM sets PROMETHEUS_MULTIPROC_DIR and the values reach every /metrics through its files; with
-one, `server/metrics.py` asks for `stats.snapshot()` at each scrape.
+one, `server/views/metrics.py` asks for `meter.snapshot()` at each scrape.
 """
 
 from __future__ import annotations
