@@ -128,7 +128,7 @@ def test_a_wrong_kernel_has_no_time(simulated: None, wrong_in: str, monkeypatch:
         if op == "attend":
             options["out"].mul_(1.02)
         elif wrong_in == "selection":
-            arguments[7].selection.units.add_(1)
+            arguments[6].selection.units.add_(1)
         elif op == "summarize_pages":
             arguments[2].mul_(1.02)
         else:

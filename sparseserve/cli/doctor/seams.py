@@ -74,9 +74,8 @@ def _is_theirs(thing: Thing) -> bool:
 
 def _lineages(cls: Thing, classes: Mapping[Thing, OurClass]) -> Iterator[tuple[list[OurClass], Thing | None]]:
     """A class with its ancestors of ours, and vLLM's nearest; of one that is mixed into others, those of the others."""
-    own = _lineage(cls, classes)
-    others = [] if any(map(_is_theirs, own)) else [_lineage(other, classes) for other in classes if other != cls]
-    for lineage in [other for other in others if cls in other] or [own]:
+    others = (_lineage(other, classes) for other in classes if other != cls)
+    for lineage in [other for other in others if cls in other] or [_lineage(cls, classes)]:
         yield [classes[one] for one in lineage if one in classes], next(filter(_is_theirs, lineage), None)
 
 
