@@ -14,7 +14,7 @@ from sparseserve.reference.attend import attended_tokens
 from sparseserve.reference.paging import logits, row_tokens
 from sparseserve.reference.search import chunk_scores
 from sparseserve.testing.cases import DTYPES, GROUPS, HEAD_DIMS, OPCHECKS, Case, paged_kv, sample_grid
-from sparseserve.types import HeadShape, Scope, Selection, Wanted
+from sparseserve.types import HeadShape, PageTable, Scope, Selection, Wanted
 
 GRID = sample_grid(12, dtype=DTYPES, head_dim=HEAD_DIMS, group=GROUPS, page_size=[32, 96, 128],
                    scope=list(Scope))  # fmt: skip
@@ -63,8 +63,9 @@ class Searcher:
             torch.full((self.heads,), tokens, dtype=torch.int32) for tokens in (rules.sink, rules.recent, rules.budget)
         )
         own = torch.tensor([rules.row_budget[row] for row in rows], dtype=torch.int32) if rules.row_budget else None
+        table = PageTable(case.pages[rows], torch.tensor(lengths, dtype=torch.int32))
         self.function(
-            case.query[rows], case.kv.key, case.pages[rows], torch.tensor(lengths, dtype=torch.int32), self.state,
+            case.query[rows], case.kv.key, table, self.state,
             chunk_tokens=rules.chunk_tokens, stage_tokens=rules.stage_tokens, refresh_steps=rules.refresh_steps,
             wanted=Wanted(selection, sink, recent, budget, row_budget=own),
         )  # fmt: skip
