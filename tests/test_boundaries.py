@@ -11,7 +11,7 @@ from tests.helpers.paths import ROOT
 
 # Packages of others that only these folders import.
 ALLOWED = {
-    "vllm": {"plugin", "server"},
+    "vllm": {"plugin", "server", "vllm_version.py"},
     "transformers": {"calibration", "demo"},
     "fastapi": {"server"},
     "starlette": {"server"},
@@ -23,6 +23,7 @@ ROOMS = {
     "errors": "",
     "types": "",
     "questions": "",
+    "vllm_version": "",
     "files": "errors",
     "environment": "errors",
     "model": "errors types",
@@ -34,20 +35,21 @@ ROOMS = {
     "request_options": "errors policies",
     "footprint": "model policies types",
     "decode": "ops policies types",
-    "plugin": "config decode environment errors footprint model ops policies reference request_options types",
+    "plugin": "config decode environment errors footprint model ops policies reference request_options types "
+    "vllm_version",
     "server/announce": "environment",
     "server/front": "environment errors plugin policies request_options server/announce",
-    "server/launch": "config environment errors footprint model ops plugin policies request_options types",
+    "server/launch": "config environment errors footprint model ops plugin policies request_options types vllm_version",
     "server/views": "config environment errors footprint model plugin policies request_options server/front "
     "server/launch types",
     "server/__main__": "server/launch",
     "calibration": "artifacts errors files model policies questions reference types",
-    "evaluation": "config environment errors files policies questions server/launch",
+    "evaluation": "config environment errors files policies questions server/launch vllm_version",
     "tuning": "artifacts config errors evaluation files policies server/launch",
     "demo": "artifacts policies questions server/launch",
     "testing": "artifacts decode demo model ops policies reference types",
     "cli": "artifacts calibration config demo errors evaluation files footprint ops policies questions server/launch "
-    "tuning",
+    "tuning vllm_version",
     "__main__": "cli",
 }
 SOURCES = [*modules().values()]

@@ -21,8 +21,8 @@ from sparseserve.evaluation.measure import Examiner
 from sparseserve.evaluation.pieces import pieces
 from sparseserve.evaluation.report import assemble, versions
 from sparseserve.evaluation.results import Results
-from sparseserve.plugin.vllm_version import V1_RUNNER
 from sparseserve.server.launch.process import SERVE, Server, running
+from sparseserve.vllm_version import V1_RUNNER
 
 FORCING = ["--logits-processors", "sparseserve.plugin.forcing:ForcedTokens"]
 STARTUP_TIMEOUT = 3600.0  # seconds; large weights take their time from a network

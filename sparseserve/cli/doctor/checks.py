@@ -15,7 +15,7 @@ from typing import Literal
 from sparseserve.cli.doctor.lookup import names
 from sparseserve.cli.doctor.seams import seams
 from sparseserve.errors import SparseServeError
-from sparseserve.plugin.vllm_version import VLLM_VERSION
+from sparseserve.vllm_version import VLLM_VERSION
 
 INSTALL = "pip install 'sparseserve[cpu]'"
 ENDPOINT_PLUGINS = ["sparseserve_front", "sparseserve_metrics", "sparseserve_routes"]

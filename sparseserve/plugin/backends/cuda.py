@@ -39,12 +39,12 @@ from sparseserve.plugin.head_memory.attention import GroupedStep, GroupedSteps
 from sparseserve.plugin.settings import head_shape, model_shape, policy_of
 from sparseserve.plugin.support.checks import check_worker, cuda_problems
 from sparseserve.plugin.support.cuda import CUDA_HEAD_SIZES
-from sparseserve.plugin.vllm_version import runner_of
 from sparseserve.plugin.watch.meter import CudaMeter
 from sparseserve.plugin.watch.recall import CudaRecall, Draw
 from sparseserve.plugin.watch.requests import RowOptions
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape, NewTokens, PageTable, Step, on_device
+from sparseserve.vllm_version import runner_of
 
 
 class SparseCUDABackend(SparseBackend, FlashAttentionBackend):

@@ -16,9 +16,9 @@ from sparseserve.plugin.support.cuda import CUDA
 from sparseserve.plugin.support.head_memory import HEAD_MEMORY
 from sparseserve.plugin.support.models import LAYERS, MODELS, Layer, Model
 from sparseserve.plugin.support.refusal import problems, refuse, this_platform
-from sparseserve.plugin.vllm_version import model_dtype
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape
+from sparseserve.vllm_version import model_dtype
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

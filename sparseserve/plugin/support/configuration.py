@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparseserve.plugin import vllm_version
+from sparseserve import vllm_version
 from sparseserve.plugin.support.refusal import USE_VLLM, Refusal, Subject, this_platform
 from sparseserve.policies import Policy
 from sparseserve.types import HeadShape, LayerPlan, Role

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparseserve.plugin import vllm_version
+from sparseserve import vllm_version
 from sparseserve.plugin.support.configuration import NEVER, Served, one_of
 from sparseserve.plugin.support.refusal import WITHOUT_US, Refusal
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from sparseserve import environment
-from sparseserve.plugin import vllm_version
+from sparseserve import environment, vllm_version
 from sparseserve.plugin.head_memory import poison
 from sparseserve.plugin.support.configuration import Served
 from sparseserve.plugin.support.refusal import Refusal
-from sparseserve.plugin.vllm_version import PAGES_FIRST
+from sparseserve.vllm_version import PAGES_FIRST
 
 SHARED = "serve with --set kv_memory=shared"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparseserve.plugin.support.refusal import USE_VLLM, WITHOUT_US, Refusal, Subject, problems, refuse
-from sparseserve.plugin.vllm_version import is_quantized
+from sparseserve.vllm_version import is_quantized
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig

@@ -17,11 +17,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from sparseserve.errors import ConfigError
-from sparseserve.plugin.vllm_version import row_names
 from sparseserve.plugin.watch.metrics import IGNORED_OPTIONS
 from sparseserve.policies import Policy
 from sparseserve.request_options import RequestOptions, read_options
 from sparseserve.types import POLICY_BUDGET
+from sparseserve.vllm_version import row_names
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as RunnerV2

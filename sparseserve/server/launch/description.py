@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from sparseserve import ops
 from sparseserve.config import to_dict
 from sparseserve.footprint.planned import PlannedModel
-from sparseserve.plugin.vllm_version import runner_of
 from sparseserve.types import Role
+from sparseserve.vllm_version import runner_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
