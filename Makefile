@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CHECKS := .venv-checks
 KERNELS := $(shell find kernels -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.txt')
 
-.PHONY: demo test tune-demo loadtest-demo generate lint bench sanitize wheel gpu-build gpu-test gpu-bench gpu-bench-vllm clean
+.PHONY: demo test test-slow tune-demo loadtest-demo generate lint bench sanitize wheel gpu-build gpu-test gpu-bench gpu-bench-vllm clean
 
 demo: $(VENV)/.built
 	$(BIN)/sparseserve demo
@@ -14,9 +14,13 @@ demo: $(VENV)/.built
 # Servers leave half of two cores idle while they start: the other tests run meanwhile, behind them.
 test: lint $(CHECKS)/.installed
 	mkdir -p build
-	OMP_WAIT_POLICY=passive nice -n 10 $(BIN)/python -m pytest -m "not e2e" >build/tests.txt 2>&1 & \
-	others=$$!; $(BIN)/python -m pytest -m e2e; served=$$?; \
+	OMP_WAIT_POLICY=passive nice -n 10 $(BIN)/python -m pytest -m "not e2e and not slow" --durations 20 >build/tests.txt 2>&1 & \
+	others=$$!; $(BIN)/python -m pytest -m e2e --durations 20; served=$$?; \
 	wait $$others; rest=$$?; cat build/tests.txt; exit $$((served + rest))
+
+# The same tests on more instruction sets and layouts.
+test-slow: $(VENV)/.built
+	$(BIN)/python -m pytest -m slow
 
 # From a model to its policy, under ten minutes: every calibration of the built demo model, then the best of what they wrote.
 TUNE := build/tune

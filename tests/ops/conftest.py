@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,16 +16,22 @@ if torch.cuda.is_available():
 
 
 CPU = ["avx512_bf16", "avx512", "avx2", "portable"]
+SLOW = {"avx512", "simulator-LBNHC"}  # between what `make test` runs
 
 
-@pytest.fixture(params=CPU)
+def marked(names: Iterable[str]) -> list[object]:
+    """The names as parameters, those that `make test-slow` adds marked so."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+
+
+@pytest.fixture(params=marked(CPU))
 def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this machine."""
     with using(request.param):
         yield request.param
 
 
-@pytest.fixture(params=[*CPU, *CUDA])
+@pytest.fixture(params=marked([*CPU, *CUDA]))
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this machine, and the CUDA kernels on both layouts of vLLM's cache.
 
