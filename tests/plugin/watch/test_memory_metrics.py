@@ -17,13 +17,14 @@ from sparseserve.footprint.stores import Memory
 from sparseserve.model import ModelShape
 from sparseserve.plugin.backends.rows import RowSplit
 from sparseserve.plugin.watch.meter import Meter, snapshot
-from sparseserve.plugin.watch.metrics import KV_KINDS, WORKER
+from sparseserve.plugin.watch.metrics import KV_KINDS
 from sparseserve.policies import Policy, Quest, Retrieval, Streaming
 from sparseserve.questions.needles import ask
 from sparseserve.server.views.metrics import WorkerMetrics
 from sparseserve.testing.plans import write_head_map
 from sparseserve.types import HeadShape
 from tests.helpers.plugin import one_process
+from tests.helpers.plugin.worker_metrics import value
 
 PAGE, LONGEST, BLOCKS, CHUNK, ANSWER = 64, 2048, 500, 256, 70
 HEADS = HeadShape(circuits.KV_HEADS, circuits.GROUP, circuits.HEAD_DIM)
@@ -82,12 +83,6 @@ def counted(policy: Policy, before: list[int], after: list[int]) -> tuple[dict[s
     meter.count_rows(RowSplit(torch.empty(0), torch.empty(len(before)), 0, torch.zeros(len(before)).bool(), *lengths))
     kinds = {kind: value("sparseserve_kv_bytes", kind=kind) for kind in KV_KINDS}
     return kinds, value("sparseserve_kv_pages_freed_total") - gone, value("sparseserve_kv_capacity_gain")
-
-
-def value(name: str, **labels: str) -> float:
-    found = WORKER.get_sample_value(name, labels)
-    assert found is not None
-    return found
 
 
 def test_shared_pages_hold_everything_and_free_nothing() -> None:

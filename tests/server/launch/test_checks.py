@@ -10,28 +10,18 @@ from typing import Any
 
 import pytest
 
-from sparseserve import ops
 from sparseserve.config import PolicySource, find_policy
 from sparseserve.errors import ConfigError, UnsupportedError
 from sparseserve.policies import POLICIES
 from sparseserve.server.launch.explain import explain
-from sparseserve.server.launch.serve import Launch, prepare
+from sparseserve.server.launch.serve import prepare
+from tests.helpers.server.starting import start
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_models", "environment")]
 BEGIN: dict[str, Callable[[PolicySource, list[str]], object]] = {
     "serve": prepare,
     "explain": lambda source, argv: explain(source, argv, [4096, 8192]),
 }
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", "sparseserve")
-    monkeypatch.setattr(ops, "isa", lambda: "portable")
-
-
-def start(model: str, *flags: str, policy: str = "quest", sets: tuple[str, ...] = ()) -> Launch:
-    return prepare(find_policy(policy, sets, {}), [model, "--skip-tokenizer-init", *flags])
 
 
 @pytest.mark.parametrize(

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from sparseserve import ops
-from sparseserve.config import find_policy
 from sparseserve.server.launch.description import ranges
-from sparseserve.server.launch.serve import Launch, prepare
+from tests.helpers.server.starting import start
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_models", "environment")]
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", "sparseserve")
-    monkeypatch.setattr(ops, "isa", lambda: "portable")
-
-
-def start(model: str, *flags: str, policy: str = "quest", sets: tuple[str, ...] = ()) -> Launch:
-    return prepare(find_policy(policy, sets, {}), [model, "--skip-tokenizer-init", *flags])
 
 
 def test_the_summary_says_what_the_policy_will_do(models: dict[str, str]) -> None:

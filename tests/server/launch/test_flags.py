@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
 
-from sparseserve import ops
 from sparseserve.config import find_policy, from_dict
 from sparseserve.errors import ConfigError, SparseServeError
 from sparseserve.policies import Quest
 from sparseserve.server.launch import flags as launch
 from sparseserve.server.launch.flags import allowed_plugins, cuda_flags, parse
-from sparseserve.server.launch.serve import Launch, prepare
+from tests.helpers.server import starting
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_models", "environment")]
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", "sparseserve")
-    monkeypatch.setattr(ops, "isa", lambda: "portable")
-
-
-def start(model: str, *flags: str, policy: str = "quest", sets: tuple[str, ...] = ("budget_tokens=512",)) -> Launch:
-    return prepare(find_policy(policy, sets, {}), [model, "--skip-tokenizer-init", *flags])
+start = partial(starting.start, sets=("budget_tokens=512",))
 
 
 @pytest.mark.parametrize("own", [["a", "b"], ["a", "b", "a@dense"]])

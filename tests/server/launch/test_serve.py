@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import pytest
 from typer.testing import CliRunner
 
-from sparseserve import ops
 from sparseserve.cli import app, serve
 from sparseserve.config import find_policy
 from sparseserve.errors import ConfigError
@@ -18,12 +17,6 @@ from sparseserve.server.launch.serve import main, prepare
 from sparseserve.server.launch.supervise import SERVER_ENDED
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("vllm_models", "environment")]
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", "sparseserve")
-    monkeypatch.setattr(ops, "isa", lambda: "portable")  # whether kernels are built has a test of its own
 
 
 @pytest.fixture
